@@ -1,0 +1,23 @@
+# make demo    train the drawn shapes and show what the generator draws (about 12 minutes on two CPU cores)
+# make test    the tests (a few minutes)
+# make check   the demo's samples judged by a classifier, after make demo
+# Each makes its own virtual environment in .venv and installs the pinned packages first, once.
+
+PYTHON ?= python3
+
+demo: .venv/ready
+	.venv/bin/python train.py --preset shapes
+	.venv/bin/python metrics.py --weights runs/shapes --data shapes --n 2000
+
+test: .venv/ready
+	.venv/bin/python -m pytest -q test_biggan.py
+
+check: .venv/ready
+	.venv/bin/python -m pytest -q -s -o python_functions='check_*' test_biggan.py
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a virtual environment; install one that can (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	touch .venv/ready
+
+.PHONY: demo test check

@@ -1,0 +1,479 @@
+"""BigGAN, every technique written out by hand.
+
+A generator G turns noise z and a class y into an image. A discriminator D looks at an image and a class and answers with one
+number: large if it believes the image is a real one of that class. D is trained to tell real from generated, G to be believed.
+When neither can improve, the generated images are distributed like the real ones.
+
+Reading order: the numbers (MODELS), then the techniques, each a few lines (spectral norm, batch norm, attention), then the two
+networks that are built from them, then what training needs (losses, orthogonal penalty, truncation, averaged weights).
+
+Paper: Brock, Donahue, Simonyan, "Large Scale GAN Training for High Fidelity Natural Image Synthesis", ICLR 2019,
+arXiv:1809.11096. "section 3.1", "table 4" and so on below refer to it.
+
+Shapes: N images, C channels, H x W pixels, R the image's resolution, K classes.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ---------------------------------------------------------------- the numbers
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the shape of G and D. Channel numbers are multiples of `ch`, as the paper prints them."""
+    resolution: int                 # R, pixels per side
+    g_channels: tuple               # G: entering its first block (at 4x4), then leaving each block; every block doubles H and W
+    d_channels: tuple               # D: leaving each block; the first block receives the 3 colours
+    d_down: int                     # D: this many of its first blocks halve H and W, the others keep them
+    g_attention: int                # attention follows the block whose output has this many pixels per side; 0 for none
+    d_attention: int
+    z_dim: int                      # length of the noise vector
+    ch: int = 96                    # the width everything is a multiple of
+    n_classes: int = 1000
+    shared_dim: int = 128           # length of the class vector that all layers of G share
+    skip_z: bool = True             # cut z into equal chunks: one for the first layer, one for each block (section 3)
+    sn_eps: float = 1e-4            # the paper's value for low precision, in spectral norm ...
+    bn_eps: float = 1e-4            # ... and in batch norm (appendix C)
+
+    def __post_init__(self):
+        # Lists become tuples, so that a configuration read back from a file equals the one that was written.
+        for name in ("g_channels", "d_channels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        blocks = len(self.g_channels) - 1
+        if 4 * 2**blocks != self.resolution:
+            raise ValueError(f"g_channels has {blocks} blocks, which make {4 * 2**blocks} pixels, not {self.resolution}")
+        if self.skip_z and self.z_dim % (blocks + 1):
+            raise ValueError(f"z_dim {self.z_dim} cannot be cut into {blocks + 1} equal chunks for skip_z; "
+                             f"{self.z_dim // (blocks + 1) * (blocks + 1) or blocks + 1} could")
+
+    @property
+    def z_chunk(self):
+        """How many components of z the first layer (and, with skip_z, each block) receives."""
+        return self.z_dim // len(self.g_channels) if self.skip_z else self.z_dim
+
+
+MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention in G and D, z. Tables 4 to 6; 32 and 64 from the
+            # author's PyTorch code; shapes32 is ours: narrow where the pixels are many, for drawn shapes on two CPU cores.
+    "shapes32":  ModelConfig(32, (4, 4, 2, 1), (1, 2, 4, 4), 3, 16, 16, 64, ch=32, n_classes=10, shared_dim=32),
+    "biggan32":  ModelConfig(32, (4, 4, 4, 4), (4, 4, 4, 4), 2, 0, 0, 128, ch=64, n_classes=10),
+    "biggan64":  ModelConfig(64, (16, 16, 8, 4, 2), (1, 2, 4, 8, 16), 4, 32, 32, 100, ch=64),
+    "biggan128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 120),
+    "biggan256": ModelConfig(256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 128, 64, 140),
+    "biggan512": ModelConfig(512, (16, 16, 8, 8, 4, 2, 1, 1), (1, 1, 2, 4, 8, 8, 16, 16), 7, 64, 64, 160),
+}
+
+
+# ---------------------------------------------------------------- spectral norm
+# The largest singular value sigma of a weight matrix W says how much W can stretch a vector. Dividing W by it keeps every layer
+# from stretching at all, so D cannot become arbitrarily steep; BigGAN does it in G too (section 3). sigma is found by power
+# iteration: multiplying a vector by W and W^T in turn makes its largest singular direction win. W moves little from one
+# training step to the next, so one iteration per step, started where the last one ended, is enough.
+
+def power_iteration(W, u, steps=1, eps=1e-12):
+    """Estimate the largest singular value of W (rows, columns), starting from u (rows,).
+
+    Returns sigma (a scalar through which gradients reach W), u (rows,) and v (columns,), unit vectors with u^T W v = sigma.
+    u and v count as constants: d sigma / dW = u v^T, the exact derivative once they have converged.
+    With steps=0, u stays as given and v is the direction that W^T maps it to. Source: Miyato et al. 2018, algorithm 1."""
+    with torch.no_grad():
+        v = F.normalize(W.T @ u, dim=0, eps=eps)
+        for step in range(steps):
+            u = F.normalize(W @ v, dim=0, eps=eps)
+            if step < steps - 1:
+                v = F.normalize(W.T @ u, dim=0, eps=eps)
+    return u @ (W @ v), u, v
+
+
+class SpectralNorm:
+    """Mixed into a layer with a `weight`: gives it `normalized_weight()`, the weight divided by its largest singular value."""
+
+    def remember_u(self, eps):
+        self.eps = eps
+        self.register_buffer("u", F.normalize(torch.randn(self.weight.shape[0]), dim=0))
+
+    def normalized_weight(self):
+        # In float32 also under autocast: sigma is a sum over thousands of products.
+        with torch.autocast(self.weight.device.type, enabled=False):
+            W = self.weight.flatten(1)                              # (out, everything else): one row per filter
+            sigma, u, _ = power_iteration(W, self.u, steps=1, eps=self.eps)
+            if self.training:
+                self.u.copy_(u)                                     # evaluation takes the same step but does not keep it
+            return self.weight / sigma.clamp(min=self.eps)
+
+
+class SNConv2d(SpectralNorm, nn.Conv2d):
+    """Convolution with spectral norm that keeps H and W: kernel 3 or 1, stride 1."""
+
+    def __init__(self, in_channels, out_channels, kernel, eps, bias=True):
+        super().__init__(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
+        self.remember_u(eps)
+
+    def forward(self, x):                                           # (N, in, H, W) -> (N, out, H, W)
+        return F.conv2d(x, self.normalized_weight(), self.bias, padding=self.padding)
+
+
+class SNLinear(SpectralNorm, nn.Linear):
+    def __init__(self, in_features, out_features, eps, bias=True):
+        super().__init__(in_features, out_features, bias=bias)
+        self.remember_u(eps)
+
+    def forward(self, x):                                           # (N, in) -> (N, out)
+        return F.linear(x, self.normalized_weight(), self.bias)
+
+
+class SNEmbedding(SpectralNorm, nn.Embedding):
+    def __init__(self, n_classes, dim, eps):
+        super().__init__(n_classes, dim)
+        self.remember_u(eps)
+
+    def forward(self, y):                                           # (N,) labels -> (N, dim)
+        return F.embedding(y, self.normalized_weight())
+
+
+# ---------------------------------------------------------------- resampling folded into a convolution
+# G doubles the image by repeating each pixel, then convolves; D convolves, then averages 2x2 pixels. Both pairs do needless work:
+# the repeated pixels get multiplied more than once, and three quarters of the convolved ones exist only to be averaged. As all
+# of it is linear, each pair equals *one* convolution of stride 2 with a 4x4 kernel: the 3x3 kernel laid down in four shifted
+# copies. 16 products per pixel of the small image instead of 36, and the same result up to rounding.
+
+def four_shifted_copies(W):
+    """(..., 3, 3) -> (..., 4, 4): the sum of W placed in each corner of a 4x4 kernel."""
+    return sum(F.pad(W, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1))
+
+
+def upsample_conv3x3(x, W, bias):
+    """Nearest-neighbour doubling, then a 3x3 convolution. x (N, in, H, W) -> (N, out, 2H, 2W)."""
+    kernel = four_shifted_copies(W.flip(2, 3)).transpose(0, 1)      # a transposed convolution reads its kernel backwards
+    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
+
+
+def conv3x3_downsample(x, W, bias):
+    """A 3x3 convolution, then 2x2 average pooling. x (N, in, H, W) -> (N, out, H/2, W/2)."""
+    return F.conv2d(x, four_shifted_copies(W) / 4, bias, stride=2, padding=1)
+
+
+def upsample(x):                                                    # (N, C, H, W) -> (N, C, 2H, 2W)
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+# ---------------------------------------------------------------- batch norm, plain and conditional
+# Batch norm shifts and scales each channel to mean 0 and variance 1 over the batch, then to a learned bias and gain. In G the gain
+# and bias are how a layer learns which class to draw: they are linear functions of the class (and of a chunk of z).
+
+class Moments(torch.autograd.Function):
+    """Mean and variance of each channel over a batch. x (N, C, H, W) -> two (C,), float32 or better.
+
+    The derivative is written out because it is one pass over x instead of the many that autograd would record:
+    with n = N H W,  d mean / dx = 1 / n  and  d var / dx = 2 (x - mean) / n."""
+
+    @staticmethod
+    def forward(ctx, x):
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = precise.mean((0, 2, 3))
+        var = (precise - per_channel(mean)).square().mean((0, 2, 3))
+        ctx.save_for_backward(x, mean)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_var):
+        x, mean = ctx.saved_tensors
+        n = x.numel() // x.shape[1]
+        slope = 2 * grad_var / n
+        offset = grad_mean / n - slope * mean
+        return torch.addcmul(per_channel(offset).to(x.dtype), x, per_channel(slope).to(x.dtype))
+
+
+def per_channel(a):                                                 # (C,) -> (1, C, 1, 1) and (N, C) -> (N, C, 1, 1)
+    return a.reshape(-1, a.shape[-1], 1, 1)
+
+
+class BatchNorm(nn.Module):
+    """x (N, C, H, W) -> gain * (x - mean) / sqrt(var + eps) + bias, of the same shape.
+
+    In training, mean and var are the batch's, and running averages of them are kept for evaluation."""
+
+    momentum = 0.1                                                  # share of the newest batch in the running averages
+
+    def __init__(self, channels, eps):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.make_gain_and_bias(channels)
+
+    def make_gain_and_bias(self, channels):
+        self.gain = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def gain_and_bias(self, c):
+        return self.gain, self.bias
+
+    def forward(self, x, c=None):                                   # x (N, C, H, W), c (N, condition) or None
+        if self.training:
+            mean, var = Moments.apply(x)
+            n = x.numel() // x.shape[1]
+            with torch.no_grad():                                   # n / (n - 1): the unbiased estimate is the one to keep
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var.dtype), self.momentum)
+        else:
+            mean, var = self.running_mean, self.running_var
+        gain, bias = self.gain_and_bias(c)
+        scale = gain * torch.rsqrt(var + self.eps)                  # (C,) or (N, C), in float32
+        shift = bias - mean * scale
+        return x * per_channel(scale).to(x.dtype) + per_channel(shift).to(x.dtype)
+
+
+class ConditionalBatchNorm(BatchNorm):
+    """gain = 1 + W_g c, bias = W_b c, for a condition c (N, condition) (section 3, figure 15)."""
+
+    def __init__(self, channels, condition, eps, sn_eps):
+        self.condition, self.sn_eps = condition, sn_eps
+        super().__init__(channels, eps)
+
+    def make_gain_and_bias(self, channels):
+        self.gain = SNLinear(self.condition, channels, self.sn_eps, bias=False)
+        self.bias = SNLinear(self.condition, channels, self.sn_eps, bias=False)
+
+    def gain_and_bias(self, c):
+        return 1 + self.gain(c).float(), self.bias(c).float()       # both (N, C)
+
+
+# ---------------------------------------------------------------- self-attention
+# A convolution sees 3x3 pixels. Attention lets every position look at all others: theta asks a question, phi says what a position
+# has to offer, the softmax of their products decides whom to listen to, and g is what is heard.
+
+class SelfAttention(nn.Module):
+    """x + gamma * o(attention(x)), (N, C, H, W) -> (N, C, H, W). Zhang et al. 2019 (SAGAN), as its authors' code does it.
+
+    phi and g are pooled 2x2, which quarters the work. The products are not divided by the square root of their length, unlike in
+    a transformer. gamma starts at 0: the layer begins as the identity and the network decides when to use it."""
+
+    def __init__(self, channels, eps):
+        super().__init__()
+        self.theta = SNConv2d(channels, channels // 8, 1, eps, bias=False)
+        self.phi = SNConv2d(channels, channels // 8, 1, eps, bias=False)
+        self.g = SNConv2d(channels, channels // 2, 1, eps, bias=False)
+        self.o = SNConv2d(channels // 2, channels, 1, eps, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):                                           # (N, C, H, W)
+        N, C, H, W = x.shape
+        theta = self.theta(x).flatten(2)                            # (N, C/8, HW)
+        phi = F.max_pool2d(self.phi(x), 2).flatten(2)               # (N, C/8, HW/4)
+        g = F.max_pool2d(self.g(x), 2).flatten(2)                   # (N, C/2, HW/4)
+        scores = theta.transpose(1, 2) @ phi                        # (N, HW, HW/4): row = who asks, column = who answers
+        weights = scores.float().softmax(-1).to(g.dtype)            # (N, HW, HW/4), every row sums to 1
+        heard = (g @ weights.transpose(1, 2)).view(N, C // 2, H, W)
+        return x + self.gamma.to(x.dtype) * self.o(heard.contiguous(memory_format=torch.channels_last))
+
+
+# ---------------------------------------------------------------- the networks
+# Both are stacks of residual blocks: output = shortcut(x) + two convolutions of x. The 1x1 convolution of the shortcut sees one
+# pixel at a time, so it may be done before repeating pixels or after averaging them: the same result with a quarter of the work.
+
+class GBlock(nn.Module):
+    """Doubles the resolution: norm, ReLU, up-sample, conv, norm, ReLU, conv (table 4, figure 15a)."""
+
+    def __init__(self, in_channels, out_channels, condition, config):
+        super().__init__()
+        self.bn1 = ConditionalBatchNorm(in_channels, condition, config.bn_eps, config.sn_eps)
+        self.conv1 = SNConv2d(in_channels, out_channels, 3, config.sn_eps)
+        self.bn2 = ConditionalBatchNorm(out_channels, condition, config.bn_eps, config.sn_eps)
+        self.conv2 = SNConv2d(out_channels, out_channels, 3, config.sn_eps)
+        self.conv_sc = SNConv2d(in_channels, out_channels, 1, config.sn_eps)
+
+    def forward(self, x, c):                                        # (N, in, H, W), (N, condition)
+        h = F.relu(self.bn1(x, c))                                  # not in place: the shortcut needs x as it was
+        h = upsample_conv3x3(h, self.conv1.normalized_weight(), self.conv1.bias)    # (N, out, 2H, 2W)
+        h = self.conv2(F.relu(self.bn2(h, c)))                      # (N, out, 2H, 2W)
+        return h + upsample(self.conv_sc(x))                        # (N, out, 2H, 2W)
+
+
+class Generator(nn.Module):
+    """z (N, z_dim), y (N,) class indices -> images (N, 3, R, R) in [-1, 1].
+
+    y may also be (N, shared_dim) float: class vectors that are already embedded, for classes between classes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        channels = [m * config.ch for m in config.g_channels]
+        condition = config.shared_dim + (config.z_chunk if config.skip_z else 0)
+        # Not spectrally normalised: the author's code notes that dividing all class vectors by one number cripples G.
+        self.shared = nn.Embedding(config.n_classes, config.shared_dim)
+        # The first layer sees z alone; the class enters with the first norm. (Table 4 prints 20+128; the paper's own parameter
+        # counts and published weights are those of 20.)
+        self.linear = SNLinear(config.z_chunk, 4 * 4 * channels[0], config.sn_eps)
+        self.blocks = nn.ModuleList(GBlock(a, b, condition, config) for a, b in zip(channels, channels[1:]))
+        sizes = [8 * 2**i for i in range(len(self.blocks))]
+        self.attention_after = sizes.index(config.g_attention) if config.g_attention else None
+        if config.g_attention:
+            self.attention = SelfAttention(channels[self.attention_after + 1], config.sn_eps)
+        self.output_norm = BatchNorm(channels[-1], config.bn_eps)
+        self.to_rgb = SNConv2d(channels[-1], 3, 3, config.sn_eps)
+        initialise(self)
+
+    def forward(self, z, y):                                        # (N, z_dim), (N,) or (N, shared_dim)
+        c = y if y.is_floating_point() else self.shared(y)          # (N, shared_dim)
+        chunks = z.split(self.config.z_chunk, dim=1)                # skip-z: one for the first layer and each block, else just z
+        h = self.linear(chunks[0]).view(len(z), -1, 4, 4)           # (N, first width, 4, 4)
+        h = h.contiguous(memory_format=torch.channels_last)         # pixels outside, channels inside: faster convolutions
+        for i, block in enumerate(self.blocks):
+            h = block(h, torch.cat([c, *chunks[i + 1:i + 2]], dim=1))   # (N, width i+1, 8 * 2^i, 8 * 2^i)
+            if i == self.attention_after:
+                h = self.attention(h)
+        h = self.to_rgb(F.relu(self.output_norm(h)))                # (N, 3, R, R)
+        return torch.tanh(h.float())                                # (N, 3, R, R) in [-1, 1]
+
+
+class DBlock(nn.Module):
+    """ReLU, conv, ReLU, conv, average-pool (figure 15b). The first block starts from the image itself, without a ReLU."""
+
+    def __init__(self, in_channels, out_channels, first, down, eps):
+        super().__init__()
+        self.first, self.down = first, down
+        self.conv1 = SNConv2d(in_channels, out_channels, 3, eps)
+        self.conv2 = SNConv2d(out_channels, out_channels, 3, eps)
+        self.conv_sc = SNConv2d(in_channels, out_channels, 1, eps) if down or in_channels != out_channels else nn.Identity()
+
+    def forward(self, x):                                           # (N, in, H, W)
+        h = self.conv1(x if self.first else F.relu(x))              # (N, out, H, W)
+        h = F.relu(h)
+        if not self.down:
+            return self.conv2(h) + self.conv_sc(x)                  # (N, out, H, W)
+        h = conv3x3_downsample(h, self.conv2.normalized_weight(), self.conv2.bias)  # (N, out, H/2, W/2)
+        return h + self.conv_sc(F.avg_pool2d(x, 2))                 # (N, out, H/2, W/2)
+
+
+class Discriminator(nn.Module):
+    """x (N, 3, R, R) in [-1, 1], y (N,) class indices -> logits (N,): positive where x looks like a real image of class y."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        channels = [3] + [m * config.ch for m in config.d_channels]
+        self.blocks = nn.ModuleList(DBlock(a, b, first=i == 0, down=i < config.d_down, eps=config.sn_eps)
+                                    for i, (a, b) in enumerate(zip(channels, channels[1:])))
+        sizes = [config.resolution // 2**min(i + 1, config.d_down) for i in range(len(self.blocks))]
+        self.attention_after = sizes.index(config.d_attention) if config.d_attention else None
+        if config.d_attention:
+            self.attention = SelfAttention(channels[self.attention_after + 1], config.sn_eps)
+        self.linear = SNLinear(channels[-1], 1, config.sn_eps)
+        self.embed = SNEmbedding(config.n_classes, channels[-1], config.sn_eps)
+        initialise(self)
+
+    def forward(self, x, y):                                        # (N, 3, R, R), (N,)
+        h = x.contiguous(memory_format=torch.channels_last)
+        for i, block in enumerate(self.blocks):
+            h = block(h)                                            # (N, width i, R / 2^(i+1), R / 2^(i+1)), then constant
+            if i == self.attention_after:
+                h = self.attention(h)
+        with torch.autocast(x.device.type, enabled=False):          # the logits in full precision
+            h = F.relu(h).to(self.linear.weight.dtype).sum((2, 3))  # (N, last width); a sum, not a mean
+            # Projection (Miyato & Koyama 2018): how real it looks at all, plus how well it points in its class's direction.
+            return self.linear(h).squeeze(1) + (self.embed(y) * h).sum(1)   # (N,)
+
+
+def initialise(network):
+    """Orthogonal weights, zero biases (section 3): at the start no layer stretches or squashes what passes through it."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding)):
+            nn.init.orthogonal_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------- losses and penalties
+
+def hinge_loss_d(real_logits, fake_logits):
+    """D wants real logits above 1 and fake ones below -1; beyond that it has nothing to gain. (N,), (M,) -> scalar."""
+    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+
+
+def hinge_loss_g(fake_logits):
+    """G wants D to call its images real. (N,) -> scalar."""
+    return -fake_logits.mean()
+
+
+def orthogonal_penalty(W, off_diagonal=True):
+    """|| W W^T * (1 - I) ||_F^2, where the rows of W (out, ...) are the filters: how far filters are from right angles.
+
+    The paper (section 3.1) has filters as columns and writes W^T W. Leaving out the diagonal leaves the filters' lengths free;
+    off_diagonal=False gives the older form || W W^T - I ||_F^2. The factor beta is left out. Returns a scalar."""
+    W = W.flatten(1)
+    lengths = W.square().sum(1)                                     # squared: the diagonal of W W^T
+    if W.shape[0] <= W.shape[1]:
+        gram = W @ W.T
+        return (gram - torch.diag(lengths if off_diagonal else torch.ones_like(lengths))).square().sum()
+    # More filters than inputs: || W W^T ||_F = || W^T W ||_F, and the latter is small. G's first layer at 128 pixels has 24,576
+    # filters of 20 inputs: a matrix of 400 numbers instead of 604 million.
+    squares = (W.T @ W).square().sum()
+    return squares - (lengths.square().sum() if off_diagonal else 2 * lengths.sum() - len(lengths))
+
+
+def orthogonal_regularisation(G):
+    """The sum of the off-diagonal penalty over all weight matrices of G but the class vectors, which are data, not filters."""
+    return sum(orthogonal_penalty(W) for name, W in G.named_parameters() if W.ndim > 1 and not name.startswith("shared."))
+
+
+# ---------------------------------------------------------------- truncation, averaged weights, standing statistics
+# Three things that turn a trained G into good samples.
+
+def truncated_normal(shape, threshold=math.inf, generator=None):
+    """Standard normal noise in which no component exceeds the threshold in size (section 3.1). Returns a float32 tensor.
+
+    The paper draws again whatever lies outside. Pushing uniform numbers through the inverse of the truncated normal's cumulative
+    function gives the same distribution without a loop, and one seed then gives the same noise, only tamer, at any threshold."""
+    if not threshold > 0:
+        raise ValueError(f"the truncation threshold must be above 0, not {threshold}")
+    inside = math.erf(threshold / math.sqrt(2))                     # the share of a normal distribution within the threshold
+    uniform = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * inside
+    # The clamp only meets the draw of exactly -1, which would be infinite without a threshold.
+    return (math.sqrt(2) * torch.erfinv(uniform)).clamp(-min(threshold, 9), min(threshold, 9)).float()
+
+
+class EMA:
+    """A copy of G whose weights are a running average of G's: d * average + (1 - d) * newest (section 3, appendix C).
+
+    G never settles, it circles; the average is nearer to the centre than any point of the circle. Until `start` steps are done the
+    copy simply follows, so that the random first weights do not linger in it."""
+
+    def __init__(self, model, decay=0.9999, start=0):
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.start = decay, start
+
+    @torch.no_grad()
+    def update(self, model, step):
+        """Take in the weights and buffers of `model` after optimiser step number `step`."""
+        averages = [*self.model.parameters(), *self.model.buffers()]
+        newest = [*model.parameters(), *model.buffers()]
+        torch._foreach_lerp_(averages, newest, 1 - self.decay if step > self.start else 1.0)
+
+
+@torch.no_grad()
+def standing_statistics(G, batches=100, batch_size=64, truncation=math.inf, seed=0):
+    """Replace the running averages in G's batch norms by exact averages over freshly drawn images (appendix C).
+
+    The averages that training leaves behind lag behind the weights, and they belong to untruncated noise: truncated noise has other
+    moments, and samples drawn with the wrong ones are washed out. Classes are drawn uniformly. Leaves G in eval mode."""
+    device = next(G.parameters()).device
+    norms = [m for m in G.eval().modules() if isinstance(m, BatchNorm)]
+    generator = torch.Generator().manual_seed(seed)
+    for norm in norms:
+        norm.train()
+    for k in range(batches):
+        for norm in norms:
+            norm.momentum = 1 / (k + 1)                             # then the running average is the mean of all k + 1 batches
+        z = truncated_normal((batch_size, G.config.z_dim), truncation, generator)
+        y = torch.randint(G.config.n_classes, (batch_size,), generator=generator)
+        G(z.to(device), y.to(device))
+    for norm in norms:
+        norm.momentum = BatchNorm.momentum
+        norm.eval()
+    return G

@@ -1,0 +1,549 @@
+"""Train BigGAN on a folder of images, or on shapes that are drawn on the fly.
+
+    python train.py --preset shapes                        ten drawn shapes, nothing to download, minutes on two CPU cores
+    python train.py --preset cifar10 --data cifar10/train  a folder with one sub-folder per class
+    python train.py --data imagenet/train                  the paper's ImageNet run at 128x128
+
+The same command again continues where the run stopped, also after a kill. A run is a folder:
+
+    config.json        every setting and the class names
+    log.jsonl          one JSON object per logged step
+    samples/*.png      the same noise at growing steps, one row per class, drawn by the averaged generator
+    checkpoints/*.pt   tensors and plain values only; sample.py and metrics.py need nothing else
+
+Reading order: settings and presets, data, one training step, checkpoints, the loop.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from biggan import (EMA, MODELS, Discriminator, Generator, hinge_loss_d, hinge_loss_g, orthogonal_regularisation,
+                    standing_statistics, truncated_normal)
+from sample import Parser, UserError, draw, image_grid, newest_checkpoint, pick_device, run, save_atomically
+
+
+# ---------------------------------------------------------------- settings
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Settings:
+    """Every setting of a run, its default (the paper's ImageNet run at 128x128) and what it does."""
+    preset: str = option("imagenet128", "a named set of values for the options below")
+    data: str = option(None, "folder with one sub-folder of images per class, or 'shapes'")
+    out: str = option(None, "run folder (default: runs/PRESET)")
+    model: str = option("biggan128", "architecture: a name in biggan.MODELS")
+    ch: int = option(96, "width: the number all channel counts are multiples of")
+    steps: int = option(150_000, "optimiser steps of G")
+    batch: int = option(2048, "real images per D step, and generated images per step of either network")
+    micro_batch: int = option(None, "images at a time, gradients added up to --batch; batch norm then sees only these (default: all)")
+    d_steps: int = option(2, "D steps per G step")
+    g_lr: float = option(5e-5, "Adam's learning rate for G")
+    d_lr: float = option(2e-4, "Adam's learning rate for D")
+    beta1: float = option(0.0, "Adam's momentum; anything above 0 destabilises large runs")
+    beta2: float = option(0.999, "Adam's memory for squared gradients")
+    ortho: float = option(1e-4, "beta, the weight of orthogonal regularisation on G")
+    ema: float = option(0.9999, "decay of the averaged generator")
+    ema_start: int = option(20_000, "step from which G is averaged; before it the average follows G")
+    flip: int = option(1, "1 mirrors every other real image, drawn anew each epoch; 0 never does")
+    precision: str = option("auto", "fp32, bf16 (autocast), or auto: bf16 where the hardware has it")
+    seed: int = option(0, "of weights, noise and data order")
+    workers: int = option(None, "processes that decode images (default: 8 beside a GPU, 0 on a CPU)")
+    log_every: int = option(50, "steps between lines of log.jsonl")
+    sample_every: int = option(1000, "steps between sample grids")
+    save_every: int = option(1000, "steps between checkpoints")
+    keep: int = option(3, "how many of the newest checkpoints to keep")
+
+
+PRESETS = {  # what differs from the defaults above
+    "shapes": dict(data="shapes", model="shapes32", ch=32, steps=4000, batch=64, d_steps=1, g_lr=2e-4, d_lr=4e-4, beta2=0.99,
+                   ema=0.998, ema_start=200, flip=0, sample_every=250, save_every=250),
+    "cifar10": dict(model="biggan32", ch=64, steps=100_000, batch=64, d_steps=4, g_lr=2e-4, d_lr=2e-4, ema_start=1000),
+    "imagenet64": dict(model="biggan64", ch=64),
+    "imagenet128": dict(),
+    "imagenet256": dict(model="biggan256"),
+    "imagenet512": dict(model="biggan512"),
+}
+
+# These may differ when a run is continued: they change where and how long, not what is computed.
+FREE_TO_CHANGE = {"data", "out", "steps", "workers", "log_every", "sample_every", "save_every", "keep"}
+
+
+def parse_settings(arguments):
+    """Command line -> Settings: the defaults, then the preset, then what was typed. Refuses what cannot work."""
+    parser = Parser(description=__doc__)
+    for f in dataclasses.fields(Settings):
+        differing = {name: preset[f.name] for name, preset in PRESETS.items() if f.name in preset and f.name != "data"}
+        presets = "; ".join(f"{name} {value}" for name, value in differing.items())
+        text = f.metadata["help"] + (f" (default: {f.default}" + (f"; {presets}" if presets else "") + ")"
+                                     if f.default is not None else "")
+        choices = {"preset": list(PRESETS), "model": list(MODELS), "precision": ["auto", "fp32", "bf16"]}.get(f.name)
+        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=choices, help=text)
+    typed = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    preset = typed.get("preset", Settings.preset)
+    s = Settings(**{**PRESETS[preset], **typed})
+    for name in ("ch", "steps", "batch", "micro_batch", "d_steps", "log_every", "sample_every", "save_every", "keep"):
+        if getattr(s, name) is not None and getattr(s, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
+    for name in ("g_lr", "d_lr", "ortho", "seed", "ema_start", "workers"):
+        if getattr(s, name) is not None and not 0 <= getattr(s, name) < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(s, name)}")
+    for name in ("beta1", "beta2", "ema"):
+        if not 0 <= getattr(s, name) < 1:
+            parser.error(f"--{name} must be at least 0 and below 1, not {getattr(s, name)}")
+    if s.flip not in (0, 1):
+        parser.error(f"--flip must be 0 or 1, not {s.flip}")
+    if s.ch % 8 and (MODELS[s.model].g_attention or MODELS[s.model].d_attention):
+        parser.error(f"--ch must be a multiple of 8, not {s.ch}: attention works with an eighth of the channels")
+    if s.batch % (s.micro_batch or s.batch):
+        parser.error(f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}")
+    if s.data is None:
+        parser.error(f"--preset {preset} needs --data DIR, a folder with one sub-folder of images per class; "
+                     "--preset shapes needs no data")
+    s.out = s.out or f"runs/{preset}"
+    return s
+
+
+# ---------------------------------------------------------------- data
+
+def circle(radius=1.0, x=0.0, y=0.0, corners=48):
+    angle = np.linspace(0, 2 * np.pi, corners, endpoint=False)
+    return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], 1)
+
+
+def star(points=5, inner=0.42):
+    radius = np.where(np.arange(2 * points) % 2, inner, 1.0)
+    angle = np.pi * np.arange(2 * points) / points - np.pi / 2
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
+
+
+def heart(t=np.linspace(0, 2 * np.pi, 48, endpoint=False)):
+    return np.stack([16 * np.sin(t)**3, -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)], 1) / 17
+
+
+def polygon(*corners):
+    return np.array(corners, float)
+
+
+SHAPES = {  # polygons in a circle of radius 1, y downwards; the first is filled, a second one is cut out of it
+    "arrow": [polygon((0, -1), (.75, -.15), (.28, -.15), (.28, .95), (-.28, .95), (-.28, -.15), (-.75, -.15))],
+    "circle": [circle(0.9)],
+    "crescent": [circle(1.0), circle(0.85, 0.5, -0.1)],
+    "cross": [polygon(*[(x * s, y * s) for s in (1, -1) for x, y in
+                        ((-.3, -.95), (.3, -.95), (.3, -.3), (.95, -.3), (.95, .3), (.3, .3))])],
+    "diamond": [polygon((0, -1), (.6, 0), (0, 1), (-.6, 0))],
+    "heart": [heart()],
+    "ring": [circle(1.0), circle(0.55)],
+    "square": [polygon((-.75, -.75), (.75, -.75), (.75, .75), (-.75, .75))],
+    "star": [star()],
+    "triangle": [polygon((0, -1), (.95, .75), (-.95, .75))],
+}
+
+
+class Shapes:
+    """Ten classes of drawn shapes: bright on dark, of any hue, size, place and a slight tilt. Image i is always the same image."""
+
+    length = 1_000_000                                              # indices from here on are the held-out ones
+
+    def __init__(self, resolution):
+        self.resolution, self.classes = resolution, list(SHAPES)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        """-> (R, R, 3) uint8, label."""
+        label, rng = i % len(SHAPES), np.random.default_rng(i)
+        R, fine = self.resolution, 4 * self.resolution              # drawn four times too large, then averaged down
+        angle, radius = rng.uniform(-0.2, 0.2), rng.uniform(0.28, 0.40)
+        turn = radius * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        place = rng.uniform(0.44, 0.56, 2)
+        mask = Image.new("L", (fine, fine))
+        for fill, corners in zip((255, 0), SHAPES[self.classes[label]]):
+            ImageDraw.Draw(mask).polygon((fine * (corners @ turn + place)).ravel().tolist(), fill=fill)
+        mask = np.asarray(mask.reduce(4), np.float32)[:, :, None] / 255
+        bright, dark = bright_colour(rng), 0.3 * rng.uniform(0, 255, 3)
+        return (mask * bright + (1 - mask) * dark + 0.5).astype(np.uint8), label
+
+
+def bright_colour(rng):
+    """A saturated colour of any hue: one channel full, one empty to half, one in between; (3,) in 0..255."""
+    return 255 * rng.permutation([rng.uniform(0.8, 1.0), rng.uniform(0, 0.4), rng.uniform(0, 1.0)])
+
+
+class ImageFolder:
+    """A folder with one sub-folder per class; the classes are the sub-folders' names in sorted order.
+
+    Any file type, colour mode and size that Pillow opens. A file that cannot be decoded is named in a warning and replaced by the
+    next one of its class. Raises UserError where the folder is not of this shape."""
+
+    def __init__(self, root, resolution):
+        root, self.resolution, self.broken = Path(root), resolution, set()
+        if not root.is_dir():
+            raise UserError(f"the data folder {root} does not exist" if not root.exists() else
+                            f"{root} is a file; --data needs a folder with one sub-folder of images per class")
+        folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+        files = {d: images_in(d) for d in folders}
+        if not any(files.values()):
+            raise UserError(why_no_classes(root, folders))
+        for d in folders:
+            if not files[d]:
+                raise UserError(f"the class folder {d} holds no images; fill it or remove it")
+        self.classes = [d.name for d in folders]
+        self.paths = [path for d in folders for path in files[d]]
+        self.labels = [label for label, d in enumerate(folders) for _ in files[d]]
+        self.first_of = np.searchsorted(self.labels, np.arange(len(folders) + 1))   # class k's images: first_of[k] to first_of[k+1]
+        for label in range(len(folders)):
+            self[int(self.first_of[label])]                         # raises now, not in an hour, if a class has no readable image
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        """-> (R, R, 3) uint8, label."""
+        label = self.labels[i]
+        first, end = int(self.first_of[label]), int(self.first_of[label + 1])
+        for j in [*range(i, end), *range(first, i)]:
+            if j not in self.broken:
+                try:
+                    return load_image(self.paths[j], self.resolution), label
+                except Exception as reason:                         # Pillow raises whatever its decoders do
+                    self.broken.add(j)
+                    print(f"\nwarning: skipped {self.paths[j]}: {reason}", file=sys.stderr, flush=True)
+        raise UserError(f"none of the {end - first} images in the class folder {self.paths[i].parent} can be read")
+
+
+def images_in(folder):
+    known = Image.registered_extensions()
+    with os.scandir(folder) as entries:
+        return sorted(Path(e.path) for e in entries if Path(e.name).suffix.lower() in known and not e.name.startswith("."))
+
+
+def why_no_classes(root, folders):
+    """The sentence for a folder without class folders that hold images."""
+    if images_in(root):
+        return f"{root} holds images but no class folders; move them into one sub-folder per class"
+    for d in folders:
+        if any(images_in(sub) for sub in d.iterdir() if sub.is_dir()):
+            return f"{root} is one folder too high: the classes seem to be in {d}; pass --data {d}"
+    return f"{root} holds no images; --data needs a folder with one sub-folder of images per class"
+
+
+def load_image(path, resolution):
+    """Any image file -> (R, R, 3) uint8: the centre square along the long edge, area-averaged down to R (appendix C)."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or image.mode == "I":      # 16-bit grey, which Pillow would clip to white
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    how = Image.Resampling.BOX if side >= resolution else Image.Resampling.BICUBIC
+    return np.asarray(image.resize((resolution, resolution), how, (left, top, left + side, top + side)))
+
+
+def open_data(source, resolution):
+    return Shapes(resolution) if source == "shapes" else ImageFolder(source, resolution)
+
+
+def generator_for(*numbers):
+    """A random generator that depends on these numbers only: (seed, step, ...) gives the same noise on any machine."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+class Order:
+    """Which real image comes when: epoch after epoch, each in an order of its own, as lists of (index, mirror) per batch.
+
+    A position in this endless sequence says everything, so a run continues with the image that would have come next."""
+
+    def __init__(self, length, batch, position, seed, flip):
+        self.length, self.batch, self.position, self.seed, self.flip = length, batch, position, seed, flip
+        self.epoch = None
+
+    def __iter__(self):
+        for position in range(self.position, sys.maxsize, self.batch):
+            yield [self.item(p) for p in range(position, position + self.batch)]
+
+    def item(self, position):
+        epoch, k = divmod(position, self.length)
+        if epoch != self.epoch:
+            generator = generator_for(self.seed, epoch)
+            self.permutation = torch.randperm(self.length, generator=generator).numpy()
+            self.mirror = torch.rand(self.length, generator=generator).numpy() < 0.5 * self.flip
+            self.epoch = epoch
+        return int(self.permutation[k]), bool(self.mirror[k])
+
+
+class Mirrored:
+    """A data set addressed by (index, mirror)."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, item):
+        image, label = self.data[item[0]]
+        return torch.from_numpy(image[:, ::-1].copy() if item[1] else image.copy()), label
+
+
+def batches(data, s, step, device):
+    """The endless sequence of real batches from `step` on: images (N, 3, R, R) in [-1, 1], labels (N,), on the device."""
+    order = Order(len(data), s.batch, step * s.d_steps * s.batch, s.seed, s.flip)
+    workers = s.workers if s.workers is not None else 8 if device.type == "cuda" else 0
+    loader = torch.utils.data.DataLoader(Mirrored(data), batch_sampler=order, num_workers=workers,
+                                         pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
+    for x, y in loader:
+        x = x.to(device, non_blocking=True).permute(0, 3, 1, 2)     # (N, 3, R, R), channels last in memory as it should be
+        yield x.float() / 127.5 - 1, y.to(device, non_blocking=True)
+
+
+def ignore_interrupts(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is for the main process, which saves first
+
+
+# ---------------------------------------------------------------- one training step
+
+class Trainer:
+    """G, D, their optimisers and the averaged G, and the step that moves them. Knows nothing about files."""
+
+    def __init__(self, s, config, device):
+        torch.manual_seed(s.seed)
+        self.s, self.config, self.device = s, config, device
+        self.G = Generator(config).to(device, memory_format=torch.channels_last)
+        self.D = Discriminator(config).to(device, memory_format=torch.channels_last)
+        self.opt_G = torch.optim.Adam(self.G.parameters(), s.g_lr, (s.beta1, s.beta2), fused=True)
+        self.opt_D = torch.optim.Adam(self.D.parameters(), s.d_lr, (s.beta1, s.beta2), fused=True)
+        self.ema = EMA(self.G, s.ema, s.ema_start)
+        self.step = 0
+        self.micro = s.micro_batch or s.batch
+        precision = s.precision if s.precision != "auto" else "bf16" if has_bf16(device) else "fp32"
+        self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        print(f"{precision} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}; "
+              f"G {sum(p.numel() for p in self.G.parameters()):,} and D {sum(p.numel() for p in self.D.parameters()):,} parameters")
+
+    def noise(self, part):
+        """z and y of a whole batch, in micro-batches. They depend on the seed, the step and which part of the step it is."""
+        generator = generator_for(self.s.seed, self.step, part)
+        z = truncated_normal((self.s.batch, self.config.z_dim), generator=generator)
+        y = torch.randint(self.config.n_classes, (self.s.batch,), generator=generator)
+        return zip(z.to(self.device).split(self.micro), y.to(self.device).split(self.micro))
+
+    def train_step(self, real_batches):
+        """d_steps updates of D, then one of G. Returns what the log wants, as tensors."""
+        share = self.micro / self.s.batch                           # of one micro-batch in the whole gradient
+        logged = dict.fromkeys(("D_real", "D_fake", "D_loss", "G_loss", "ortho"), 0)
+
+        self.D.requires_grad_(True)
+        for part in range(1, self.s.d_steps + 1):
+            self.opt_D.zero_grad()
+            real, real_y = next(real_batches)
+            for x, y, (z, fake_y) in zip(real.split(self.micro), real_y.split(self.micro), self.noise(part)):
+                with self.autocast():
+                    with torch.no_grad():
+                        fake = self.G(z, fake_y)
+                    # Real and fake in one call: D has no batch norm, so they do not meet, and one large batch is faster.
+                    real_logits, fake_logits = self.D(torch.cat([x, fake]), torch.cat([y, fake_y])).chunk(2)
+                loss = hinge_loss_d(real_logits, fake_logits)
+                (loss * share).backward()
+                for name, value in ("D_real", real_logits.mean()), ("D_fake", fake_logits.mean()), ("D_loss", loss):
+                    logged[name] += value.detach() * share / self.s.d_steps
+            self.opt_D.step()
+
+        self.D.requires_grad_(False)                                # G's gradient passes through D but none is kept there
+        self.opt_G.zero_grad()
+        for z, y in self.noise(0):
+            with self.autocast():
+                fake_logits = self.D(self.G(z, y), y)
+            loss = hinge_loss_g(fake_logits)
+            (loss * share).backward()
+            logged["G_loss"] += loss.detach() * share
+        if self.s.ortho:
+            logged["ortho"] = orthogonal_regularisation(self.G)
+            (self.s.ortho * logged["ortho"]).backward()
+            logged["ortho"] = logged["ortho"].detach()
+        self.opt_G.step()
+
+        self.step += 1
+        self.ema.update(self.G, self.step)
+        return logged
+
+    def parts(self):
+        return {"G": self.G, "D": self.D, "G_ema": self.ema.model, "opt_G": self.opt_G, "opt_D": self.opt_D}
+
+    def state(self):
+        return {"step": self.step, **{name: part.state_dict() for name, part in self.parts().items()}}
+
+    def load_state(self, state):
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+
+
+def has_bf16(device):
+    """Whether bfloat16 is computed in hardware; emulated, it would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 8
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+# ---------------------------------------------------------------- a run and its folder
+
+def open_run(s, data, config):
+    """Create the run folder, or check that it holds a run with the same settings. Returns the checkpoint to continue from, or None."""
+    out = Path(s.out)
+    described = {**dataclasses.asdict(s), "images": len(data), "classes": data.classes, "architecture": plain(config)}
+    if (out / "config.json").exists():
+        try:
+            before = json.loads((out / "config.json").read_text())
+        except ValueError:
+            raise UserError(f"{out}/config.json cannot be read; delete {out} or choose another --out") from None
+        differences = [f"{name} was {short(before.get(name))} and is now {short(value)}" for name, value in described.items()
+                       if name not in FREE_TO_CHANGE and before.get(name) != value]
+        if differences:
+            raise UserError(f"{out} holds a run with other settings: {'; '.join(differences)}. "
+                            "Repeat them to continue that run, or choose another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no run; choose another --out")
+    for folder in "checkpoints", "samples":
+        try:
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run folder {out} cannot be made: {error.strerror}; choose another --out") from None
+    for leftover in (out / "checkpoints").glob("*.tmp"):            # of a process that was killed while saving
+        leftover.unlink()
+    checkpoint, path = newest_checkpoint(out)
+    if checkpoint and checkpoint["step"] >= s.steps:
+        raise UserError(f"{out} is finished: {checkpoint['step']} steps; pass a larger --steps to go on, or another --out")
+    save_atomically(out / "config.json", lambda f: f.write(json.dumps(described, indent=1).encode()))
+    return checkpoint
+
+
+def plain(config):
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
+
+
+def short(value):
+    text = str(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+class Log:
+    """log.jsonl: one JSON object per line. Continuing a run drops the lines of steps that are about to be repeated."""
+
+    def __init__(self, path, step):
+        self.path = path
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        save_atomically(path, lambda f: f.write("".join(kept).encode()))
+
+    def write(self, entry):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(entry) + "\n")
+
+
+def save_checkpoint(trainer, classes, s):
+    """Write the state, then delete all but the newest few. A full disk costs a warning, not the run and not an older checkpoint."""
+    folder = Path(s.out, "checkpoints")
+    path = folder / f"step-{trainer.step:08d}.pt"
+    content = {"model": plain(trainer.config), "classes": classes, **trainer.state()}
+    try:
+        save_atomically(path, lambda f: torch.save(content, f))
+    except (OSError, RuntimeError) as error:                        # torch reports a failed write as a RuntimeError
+        print(f"\nwarning: the checkpoint {path} could not be saved ({error}); training goes on", file=sys.stderr)
+        return
+    for old in sorted(folder.glob("*.pt"))[:-s.keep]:
+        old.unlink()
+
+
+def save_samples(trainer, s, rows=16, columns=10):
+    """A grid of fixed noise, one row per class, drawn by the averaged G with batch norm statistics of its own."""
+    G = standing_statistics(copy.deepcopy(trainer.ema.model), batches=16)
+    rows = min(rows, trainer.config.n_classes)
+    images = draw(G, [label for label in range(rows) for _ in range(columns)], list(range(columns)) * rows)
+    path = Path(s.out, "samples", f"step-{trainer.step:08d}.png")
+    save_atomically(path, lambda f: image_grid(images, columns).save(f, "PNG"))
+    return path
+
+
+def progress(entry, s):
+    left = int((s.steps - entry["step"]) * entry["seconds_per_step"])
+    return (f"step {entry['step']}/{s.steps}  {entry['images_per_second']:.0f} img/s  "
+            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  "
+            f"D real {entry['D_real']:+.2f}  D fake {entry['D_fake']:+.2f}  G {entry['G_loss']:+.2f}")
+
+
+def main(arguments):
+    s = parse_settings(arguments)
+    device = pick_device()
+    model = MODELS[s.model]
+    data = open_data(s.data, model.resolution)
+    names = ", ".join(data.classes[:5]) + (", ..." if len(data.classes) > 5 else "")
+    print(f"{s.data}: {len(data):,} images in {len(data.classes)} classes: {names}")
+    config = dataclasses.replace(model, ch=s.ch, n_classes=len(data.classes))
+    checkpoint = open_run(s, data, config)
+    trainer = Trainer(s, config, device)
+    if checkpoint:
+        trainer.load_state(checkpoint)
+        print(f"continuing {s.out} from step {trainer.step}")
+    train(trainer, data, s)
+
+
+def train(trainer, data, s):
+    """The loop: steps, a line of progress, log, samples, checkpoints; until the steps are done or a signal asks to stop."""
+    stop = []
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda number, frame: stop.append(number))
+    log = Log(Path(s.out, "log.jsonl"), trainer.step)
+    real_batches = batches(data, s, trainer.step, trainer.device)
+    sums, since, started = 0, trainer.step, time.perf_counter()
+    while trainer.step < s.steps and not stop:
+        logged = trainer.train_step(real_batches)
+        sums = sums + torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in logged.values()])   # no waiting for the GPU
+        step, last = trainer.step, trainer.step == s.steps or stop
+        if last or step % s.log_every == 0:
+            means = dict(zip(logged, (sums / (step - since)).tolist()))
+            seconds = (time.perf_counter() - started) / (step - since)
+            entry = {"step": step, **means, "seconds_per_step": seconds, "images_per_second": s.batch / seconds}
+            log.write(entry)
+            print(progress(entry, s), **(dict(end="\r") if sys.stdout.isatty() else {}), flush=True)
+            stop_if_not_finite(trainer, means, s)
+            sums, since, started = 0, step, time.perf_counter()
+        if last or step % s.sample_every == 0:
+            grid = save_samples(trainer, s)
+        if last or step % s.save_every == 0:
+            stop_if_not_finite(trainer, {}, s)
+            save_checkpoint(trainer, data.classes, s)
+    print()
+    if stop:
+        print(f"stopped at step {trainer.step}; the same command continues")
+    else:
+        print(f"done: {trainer.step} steps\nsamples: {grid}\nmore:    python sample.py --weights {s.out}")
+
+
+def stop_if_not_finite(trainer, means, s):
+    """A network that has produced a NaN never recovers, and a checkpoint of it is worth nothing: stop before one is written."""
+    bad = [name for name, value in means.items() if not math.isfinite(value)]
+    bad += [f"{network}.{name}" for network in ("G", "D") for name, p in getattr(trainer, network).named_parameters()
+            if not p.isfinite().all()]
+    if bad:
+        raise SystemExit(f"\nstopped at step {trainer.step}: {bad[0]} is no longer finite. The checkpoints in {s.out}/checkpoints are "
+                         "from before; start a new run from smaller learning rates")
+
+
+if __name__ == "__main__":
+    run(main)
