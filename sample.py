@@ -64,6 +64,11 @@ def run(main):
         sys.exit(130)
 
 
+def warn(sentence):
+    # On a terminal the line of progress is still open.
+    print(("\n" if sys.stdout.isatty() else "") + f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
 def positive(text):
     value = float(text)
     if not 0 < value:
@@ -118,6 +123,8 @@ def pick_device():
 
 # ---------------------------------------------------------------- checkpoints
 
+STANDING_BATCHES = 16                                               # of 64 images, to gather batch norm statistics before drawing
+
 def read_checkpoint(path):
     """A checkpoint file as a dictionary of tensors and plain values. Never runs code from it. Raises UserError if it is damaged."""
     path = Path(path)
@@ -147,7 +154,7 @@ def newest_checkpoint(run_folder):
         try:
             return read_checkpoint(path), path
         except UserError as error:
-            print(f"warning: {error}; trying the one before", file=sys.stderr)
+            warn(f"{error}; trying the one before")
     if paths:
         raise UserError(f"all {len(paths)} checkpoints in {run_folder} are damaged; delete the folder to start over")
     return None, None
@@ -169,13 +176,12 @@ def find_checkpoint(weights):
     return checkpoint, path
 
 
-def load_generator(weights=None, truncation=math.inf):
-    """The averaged generator of a run or checkpoint, in eval mode, on the GPU if there is one: ready for G(z, y).
+def read_generator(weights=None):
+    """The averaged generator of a run or checkpoint, on the GPU if there is one, with G.classes (names) and G.source (path).
 
-    Its batch norm statistics are those of noise truncated at `truncation`: draw z with truncated_normal((N, z_dim), truncation).
-    G.classes lists the class names. Raises UserError for weights that are damaged or do not fit together."""
+    Its batch norm statistics are those that training left behind. Raises UserError for weights that are damaged or do not fit."""
     checkpoint, path = find_checkpoint(weights)
-    state = checkpoint["G_ema"]
+    state, classes = checkpoint["G_ema"], checkpoint["classes"]
     try:
         config = ModelConfig(**checkpoint["model"])
         with torch.device("meta"):                                  # shapes without memory: nothing is allocated for a bad file
@@ -186,11 +192,18 @@ def load_generator(weights=None, truncation=math.inf):
     for name, tensor in state.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise UserError(f"{path} holds numbers that are not finite, in {name}; use an earlier checkpoint")
-    G = G.requires_grad_(False).to(pick_device(), memory_format=torch.channels_last)
-    G.classes = checkpoint["classes"]
-    if len(G.classes) != config.n_classes:
-        raise UserError(f"{path} has {len(G.classes)} class names for {config.n_classes} classes")
-    return standing_statistics(G, batches=16, truncation=truncation)
+    if len(classes) != config.n_classes:
+        raise UserError(f"{path} has {len(classes)} class names for {config.n_classes} classes")
+    G = G.requires_grad_(False).eval().to(pick_device(), memory_format=torch.channels_last)
+    G.classes, G.source = classes, str(path)
+    return G
+
+
+def load_generator(weights=None, truncation=math.inf):
+    """A generator in eval mode, ready for G(z, y) with z = truncated_normal((N, z_dim), truncation), whatever its weights' origin.
+
+    Its batch norm statistics are gathered for this truncation. weights: a run folder, a checkpoint, or None for the newest run."""
+    return standing_statistics(read_generator(weights), STANDING_BATCHES, truncation=truncation)
 
 
 # ---------------------------------------------------------------- drawing
@@ -255,8 +268,9 @@ def main(arguments):
     parser.add_argument("--out", default="sample.png", metavar="FILE.png", help="(default: sample.png)")
     args = parser.parse_args(arguments)
     out = check_output(args.out)
-    G = load_generator(args.weights, args.trunc)
+    G = read_generator(args.weights)
     classes = class_indices(args.classes, G.classes)
+    standing_statistics(G, STANDING_BATCHES, truncation=args.trunc)
     labels = [label for label in classes for _ in range(args.n)]
     seeds = [args.seed + i for _ in classes for i in range(args.n)]
     images = draw(G, labels, seeds, args.trunc)

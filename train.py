@@ -15,6 +15,7 @@ Reading order: settings and presets, data, one training step, checkpoints, the l
 """
 
 import copy
+import ctypes
 import dataclasses
 import json
 import math
@@ -31,7 +32,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from biggan import (EMA, MODELS, Discriminator, Generator, hinge_loss_d, hinge_loss_g, orthogonal_regularisation,
                     standing_statistics, truncated_normal)
-from sample import Parser, UserError, draw, image_grid, newest_checkpoint, pick_device, run, save_atomically
+from sample import (STANDING_BATCHES, Parser, UserError, draw, image_grid, newest_checkpoint, pick_device, run, save_atomically,
+                    warn)
 
 
 # ---------------------------------------------------------------- settings
@@ -70,7 +72,7 @@ class Settings:
 
 
 PRESETS = {  # what differs from the defaults above
-    "shapes": dict(data="shapes", model="shapes32", ch=32, steps=4000, batch=64, d_steps=1, g_lr=2e-4, d_lr=4e-4, beta2=0.99,
+    "shapes": dict(data="shapes", model="shapes32", ch=32, steps=3000, batch=64, d_steps=1, g_lr=2e-4, d_lr=4e-4, beta2=0.99,
                    ema=0.998, ema_start=200, flip=0, sample_every=250, save_every=250),
     "cifar10": dict(model="biggan32", ch=64, steps=100_000, batch=64, d_steps=4, g_lr=2e-4, d_lr=2e-4, ema_start=1000),
     "imagenet64": dict(model="biggan64", ch=64),
@@ -223,7 +225,7 @@ class ImageFolder:
                     return load_image(self.paths[j], self.resolution), label
                 except Exception as reason:                         # Pillow raises whatever its decoders do
                     self.broken.add(j)
-                    print(f"\nwarning: skipped {self.paths[j]}: {reason}", file=sys.stderr, flush=True)
+                    warn(f"skipped {self.paths[j]}: {reason}")
         raise UserError(f"none of the {end - first} images in the class folder {self.paths[i].parent} can be read")
 
 
@@ -427,8 +429,6 @@ def open_run(s, data, config):
     for leftover in (out / "checkpoints").glob("*.tmp"):            # of a process that was killed while saving
         leftover.unlink()
     checkpoint, path = newest_checkpoint(out)
-    if checkpoint and checkpoint["step"] >= s.steps:
-        raise UserError(f"{out} is finished: {checkpoint['step']} steps; pass a larger --steps to go on, or another --out")
     save_atomically(out / "config.json", lambda f: f.write(json.dumps(described, indent=1).encode()))
     return checkpoint
 
@@ -464,7 +464,7 @@ def save_checkpoint(trainer, classes, s):
     try:
         save_atomically(path, lambda f: torch.save(content, f))
     except (OSError, RuntimeError) as error:                        # torch reports a failed write as a RuntimeError
-        print(f"\nwarning: the checkpoint {path} could not be saved ({error}); training goes on", file=sys.stderr)
+        warn(f"the checkpoint {path} could not be saved ({error}); training goes on")
         return
     for old in sorted(folder.glob("*.pt"))[:-s.keep]:
         old.unlink()
@@ -472,7 +472,7 @@ def save_checkpoint(trainer, classes, s):
 
 def save_samples(trainer, s, rows=16, columns=10):
     """A grid of fixed noise, one row per class, drawn by the averaged G with batch norm statistics of its own."""
-    G = standing_statistics(copy.deepcopy(trainer.ema.model), batches=16)
+    G = standing_statistics(copy.deepcopy(trainer.ema.model), STANDING_BATCHES)
     rows = min(rows, trainer.config.n_classes)
     images = draw(G, [label for label in range(rows) for _ in range(columns)], list(range(columns)) * rows)
     path = Path(s.out, "samples", f"step-{trainer.step:08d}.png")
@@ -487,9 +487,20 @@ def progress(entry, s):
             f"D real {entry['D_real']:+.2f}  D fake {entry['D_fake']:+.2f}  G {entry['G_loss']:+.2f}")
 
 
+def keep_freed_memory():
+    """On a CPU: have the C library keep the memory of freed tensors. By default it gives large blocks back to the system, which
+    clears every page of them before it hands them out again, at every step: training is 10 to 25% faster without."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)                                              # M_MMAP_MAX: no block outside the heap
+        mallopt(-1, 2**31 - 1)                                      # M_TRIM_THRESHOLD: keep up to 2 GB of free heap
+
+
 def main(arguments):
     s = parse_settings(arguments)
     device = pick_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     model = MODELS[s.model]
     data = open_data(s.data, model.resolution)
     names = ", ".join(data.classes[:5]) + (", ..." if len(data.classes) > 5 else "")
@@ -500,7 +511,10 @@ def main(arguments):
     if checkpoint:
         trainer.load_state(checkpoint)
         print(f"continuing {s.out} from step {trainer.step}")
-    train(trainer, data, s)
+    if trainer.step >= s.steps:
+        print(f"{s.out} has its {s.steps} steps; a larger --steps trains on, another --out starts anew")
+    else:
+        train(trainer, data, s)
 
 
 def train(trainer, data, s):

@@ -1,0 +1,223 @@
+"""Score generated images against real ones.
+
+    python metrics.py --weights runs/cifar10 --data cifar10/test           a run or checkpoint against a folder of images
+    python metrics.py --weights runs/shapes --data shapes                  against freshly drawn shapes
+    python metrics.py --fake cifar10/train --real cifar10/test             two folders: what real images themselves score
+
+The score is the sliced Wasserstein distance between small patches at every level of a Laplacian pyramid (Karras et al. 2018): it needs
+no network. Lower is better; two sets of real images show how low it can be. It sees texture, edges and colour, not objects.
+Also printed: the mean colour of an image and how much it varies from image to image, which shows a generator fading to grey.
+
+Reading order: distances between distributions, the Laplacian pyramid, the command.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from biggan import standing_statistics
+from sample import (STANDING_BATCHES, Parser, UserError, at_least_one, check_output, draw, positive, read_generator, run,
+                    save_atomically, warn)
+from train import Shapes, load_image
+
+
+# ---------------------------------------------------------------- distances between distributions
+
+def frechet_distance(mu1, cov1, mu2, cov2):
+    """Squared Frechet distance between two Gaussians: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). Means (d,), covariances (d, d).
+
+    With Inception features it is the FID (Heusel et al. 2017). tr (C1 C2)^(1/2) is taken from the eigenvalues of the symmetric
+    C1^(1/2) C2 C1^(1/2), which has the same ones: they are real and not negative, also where a covariance has no full rank."""
+    mu1, cov1, mu2, cov2 = (np.asarray(a, np.float64) for a in (mu1, cov1, mu2, cov2))
+    values, vectors = np.linalg.eigh(cov1)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T          # C1^(1/2); rounding makes zeros slightly negative
+    product = root @ cov2 @ root
+    trace_of_root = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0)).sum()
+    return float(max(0, np.square(mu1 - mu2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root))
+
+
+def inception_score(probs, splits=10):
+    """exp E KL(p(y|x) || p(y)) over class probabilities (N, K): mean and standard deviation over the splits (Salimans et al. 2016).
+
+    1 where all images look alike to the classifier, K where it is sure of each image and all K classes are equally frequent."""
+    probs = np.asarray(probs, np.float64)
+    if not 1 <= splits <= len(probs):
+        raise ValueError(f"{len(probs)} images cannot be cut into {splits} splits")
+    scores = []
+    for p in np.array_split(probs, splits):
+        log_ratio = np.log(p.clip(1e-300)) - np.log(p.mean(0).clip(1e-300))
+        scores.append(np.exp((p * log_ratio).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def sliced_wasserstein(a, b, projections=512, seed=0, at_a_time=32):
+    """Mean Wasserstein-1 distance between two point sets (N, d) seen along random directions (Rabin et al. 2011).
+
+    On a line the optimal transport is known: the smallest point goes to the smallest, the next to the next, and so on."""
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    if a.shape != b.shape:
+        raise ValueError(f"the two sets must be of the same shape, not {tuple(a.shape)} and {tuple(b.shape)}")
+    directions = torch.randn(a.shape[1], projections, generator=torch.Generator().manual_seed(seed), dtype=a.dtype)
+    directions = F.normalize(directions, dim=0)                     # (d, projections), each of length 1
+    total = 0.0
+    for u in directions.split(at_a_time, dim=1):
+        total += ((a @ u).sort(0).values - (b @ u).sort(0).values).abs().mean(0).sum().item()
+    return total / projections
+
+
+# ---------------------------------------------------------------- the Laplacian pyramid
+
+def blur(x, gain=1.0):
+    """Convolve each channel with the binomial filter (1 4 6 4 1) / 16 in both directions, mirrored at the border."""
+    line = torch.tensor([1, 4, 6, 4, 1], dtype=x.dtype) / 16
+    kernel = (gain * line[:, None] * line).expand(x.shape[1], 1, 5, 5)
+    return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=x.shape[1])
+
+
+def shrink(x):                                                      # (N, C, H, W) -> (N, C, H/2, W/2)
+    return blur(x)[:, :, ::2, ::2]
+
+
+def enlarge(x):                                                     # (N, C, H, W) -> (N, C, 2H, 2W)
+    N, C, H, W = x.shape
+    spread = x.new_zeros(N, C, 2 * H, 2 * W)
+    spread[:, :, ::2, ::2] = x
+    return blur(spread, gain=4)                                     # 4: three of four pixels were zero
+
+
+def laplacian_pyramid(x, smallest=16):
+    """(N, C, R, R) -> list of bands R, R/2, ..., smallest: each is what the next smaller image cannot show; the last is that image.
+
+    Enlarging and adding them up from the last to the first gives x back."""
+    bands = []
+    while x.shape[-1] >= 2 * smallest:
+        small = shrink(x)
+        bands.append(x - enlarge(small))
+        x = small
+    return bands + [x]
+
+
+def patches(x, per_image=128, side=7, seed=0):
+    """(N, C, R, R) -> (N * per_image, C * side * side): square patches at random places."""
+    N, C, R, _ = x.shape
+    corner = torch.randint(R - side + 1, (2, N, per_image), generator=torch.Generator().manual_seed(seed))
+    rows = corner[0][..., None, None] + torch.arange(side)[:, None]     # (N, per_image, side, 1)
+    columns = corner[1][..., None, None] + torch.arange(side)           # (N, per_image, 1, side)
+    image = torch.arange(N)[:, None, None, None]
+    return x[image, :, rows, columns].flatten(0, 1).flatten(1)
+
+
+def pyramid_distances(real, fake, smallest=16):
+    """Two sets of images (N, R, R, 3) uint8 -> {pixels per side: sliced Wasserstein distance of that level's patches}.
+
+    Patches are scaled per colour channel to the mean and variance of the *real* ones. (Karras et al. scale each set by itself,
+    which hides wrong contrast and colour.)"""
+    pyramids = [laplacian_pyramid(torch.from_numpy(images).permute(0, 3, 1, 2).float(), smallest) for images in (real, fake)]
+    distances = {}
+    for real_band, fake_band in zip(*pyramids):
+        mean, std = real_band.mean((0, 2, 3), keepdim=True), real_band.std((0, 2, 3), keepdim=True).clamp(min=1e-8)
+        real_points, fake_points = (patches((band - mean) / std, seed=k) for k, band in enumerate((real_band, fake_band)))
+        distances[real_band.shape[-1]] = sliced_wasserstein(real_points, fake_points)
+    return distances
+
+
+def mean_colours(images):
+    """(N, R, R, 3) uint8 -> mean (3,) and standard deviation (3,) over the images of an image's mean colour, in 0..255."""
+    colours = images.reshape(len(images), -1, 3).mean(1)
+    return colours.mean(0), colours.std(0)
+
+
+# ---------------------------------------------------------------- the command
+
+def find_images(source):
+    """All image files in a folder and the folders below it, in sorted order."""
+    if not Path(source).is_dir():
+        raise UserError(f"the image folder {source} does not exist")
+    known = Image.registered_extensions()
+    paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in known and not p.name.startswith("."))
+    if not paths:
+        raise UserError(f"{source} holds no images")
+    return paths
+
+
+def load_images(source, resolution, n, seed):
+    """n images of a folder, or freshly drawn shapes that training never sees: (n, R, R, 3) uint8. Unreadable files are named."""
+    if source == "shapes":
+        shapes = Shapes(resolution)
+        return np.stack([shapes[Shapes.length + seed * n + i][0] for i in range(n)])
+    paths, images = find_images(source), []
+    for i in np.random.default_rng(seed).permutation(len(paths)):
+        if len(images) == n:
+            break
+        try:
+            images.append(load_image(paths[i], resolution))
+        except Exception as reason:                                 # Pillow raises whatever its decoders do
+            warn(f"skipped {paths[i]}: {reason}")
+    if len(images) < n:
+        raise UserError(f"{source} has {len(images)} readable images, fewer than --n {n}")
+    return np.stack(images)
+
+
+def image_side(path):
+    with Image.open(path) as image:
+        return min(image.size)
+
+
+def main(arguments):
+    parser = Parser(__doc__)
+    parser.add_argument("--weights", help="run folder or checkpoint to draw the images with (default: the newest run in runs/)")
+    parser.add_argument("--fake", metavar="DIR", help="score the images in this folder instead")
+    parser.add_argument("--data", "--real", dest="data", metavar="DIR", help="folder of real images, or 'shapes'")
+    parser.add_argument("--n", type=at_least_one, default=2000, help="images of each kind; compare only scores of equal n (default: 2000)")
+    parser.add_argument("--trunc", type=positive, default=math.inf, metavar="T", help="truncate the noise at T (default: not truncated)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise and the choice of images (default: 0)")
+    parser.add_argument("--out", default="metrics.json", metavar="FILE.json", help="(default: metrics.json)")
+    args = parser.parse_args(arguments)
+    if not args.data:
+        parser.error("--data DIR, the folder of real images to compare with, is missing")
+    if args.fake and args.weights:
+        parser.error("--fake and --weights exclude each other: score a folder or a generator")
+    if args.n < 2:
+        parser.error("--n must be at least 2, since a distribution is compared")
+    if args.seed < 0:
+        parser.error(f"--seed must be 0 or more, not {args.seed}")
+    out = check_output(args.out, ".json")
+
+    if args.fake:
+        source = args.fake
+        resolution = 32 if source == "shapes" else image_side(find_images(source)[0])
+        real = load_images(args.data, resolution, args.n, args.seed)
+        fake = load_images(source, resolution, args.n, args.seed)
+    else:
+        G = read_generator(args.weights)
+        source, resolution = G.source, G.config.resolution
+        real = load_images(args.data, resolution, args.n, args.seed)
+        standing_statistics(G, STANDING_BATCHES, truncation=args.trunc)
+        labels = [i % G.config.n_classes for i in range(args.n)]    # every class equally often
+        fake = draw(G, labels, range(args.seed * args.n, (args.seed + 1) * args.n), args.trunc)
+
+    distances = pyramid_distances(real, fake)
+    result = {"fake": source, "real": args.data, "n": args.n, "resolution": resolution, "seed": args.seed,
+              "truncation": None if math.isinf(args.trunc) else args.trunc,
+              "swd_x1000": {str(side): round(1000 * d, 2) for side, d in distances.items()},
+              "swd_x1000_mean": round(1000 * sum(distances.values()) / len(distances), 2)}
+    for name, images in ("real", real), ("fake", fake):
+        mean, spread = mean_colours(images)
+        result[name + "_colour"] = {"mean": mean.round(1).tolist(), "spread": spread.round(1).tolist()}
+    save_atomically(out, lambda f: f.write(json.dumps(result, indent=1).encode()))
+    levels = ", ".join(f"{side}x{side} {d}" for side, d in result["swd_x1000"].items())
+    print(f"{args.n} images of {source} against {args.data}")
+    print(f"sliced Wasserstein distance x 1000: {levels}, mean {result['swd_x1000_mean']}")
+    for name in "real", "fake":
+        c = result[name + "_colour"]
+        print(f"mean colour of {name} images: {c['mean']}, varying by {c['spread']}")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    run(main)

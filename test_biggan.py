@@ -1,0 +1,955 @@
+"""The proofs. Each test's name is a statement about BigGAN; the body checks it against arithmetic one can do on paper, or against
+torch's own version of the technique, which appears nowhere else in this project.
+
+Order: the techniques as in biggan.py, then scores, data, runs, and what happens when things go wrong.
+`make test` runs the functions named test_*; `make check` runs those named check_*, which judge a finished `make demo`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import biggan
+import metrics
+import sample
+import train
+from biggan import (EMA, MODELS, BatchNorm, ConditionalBatchNorm, Discriminator, Generator, Moments, SelfAttention, SNConv2d,
+                    SNEmbedding, SNLinear, hinge_loss_d, hinge_loss_g, orthogonal_penalty, power_iteration, standing_statistics,
+                    truncated_normal)
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def close(a, b, atol=1e-6, rtol=1e-6):
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
+    return True
+
+
+def small(name="biggan32", **changes):
+    """A model of the family, narrow enough for a test."""
+    return dataclasses.replace(MODELS[name], **{"ch": 8, "n_classes": 4, **changes})
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---------------------------------------------------------------- the numbers
+
+@pytest.mark.parametrize("name, g, d", [
+    ("biggan128", 70_433_988, 87_982_370),      # the paper prints 70.4M and 88.0M
+    ("biggan256", 82_235_844, 99_225_890),
+])
+def test_parameter_counts_are_the_published_ones(name, g, d):
+    with torch.device("meta"):                  # shapes without memory
+        assert (parameters(Generator(MODELS[name])), parameters(Discriminator(MODELS[name]))) == (g, d)
+
+
+def test_g_at_256_pixels_with_attention_where_table_5_has_it_is_smaller():
+    # Attention over C channels has 2 C^2/8 + 2 C^2/2 weights and gamma. At 64 pixels C = 4 * 96, at 128 pixels C = 2 * 96.
+    with torch.device("meta"):
+        other = parameters(Generator(dataclasses.replace(MODELS["biggan256"], g_attention=128)))
+    assert 82_235_844 - other == 1.25 * ((4 * 96)**2 - (2 * 96)**2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_draws_and_judges_at_its_true_resolution(name):
+    config = small(name)
+    G, D = Generator(config), Discriminator(config)
+    y = torch.tensor([1, 3])
+    x = G(torch.randn(2, config.z_dim), y)
+    assert x.shape == (2, 3, config.resolution, config.resolution) and x.dtype == torch.float32 and x.abs().max() <= 1
+    logits = D(x, y)
+    assert logits.shape == (2,)
+    logits.sum().backward()
+    for network, n in ((G, "G"), (D, "D")):
+        for p_name, p in network.named_parameters():
+            # With gamma = 0 nothing reaches the attention's convolutions yet.
+            inside_attention = p_name.startswith("attention.") and not p_name.endswith("gamma")
+            assert p.grad.isfinite().all() and (p.grad.abs().sum() > 0) != inside_attention, (n, p_name)
+
+
+def test_a_configuration_that_cannot_work_is_refused():
+    with pytest.raises(ValueError, match="64 pixels, not 128"):
+        dataclasses.replace(MODELS["biggan64"], resolution=128)
+    with pytest.raises(ValueError, match="125 could"):
+        dataclasses.replace(MODELS["biggan64"], z_dim=128)
+
+
+# ---------------------------------------------------------------- spectral norm
+
+def test_power_iteration_finds_the_largest_entry_of_a_diagonal_matrix():
+    sigma, u, v = power_iteration(torch.diag(torch.tensor([1.0, 5.0, 2.0])), torch.ones(3), steps=30)
+    close(sigma, 5)
+    close(u.abs(), [0, 1, 0])
+    close(v.abs(), [0, 1, 0])
+
+
+def test_rank_one_converges_in_one_step():
+    # W = a b^T: whatever u is, W^T u is a multiple of b, so v = b / |b|, u = a / |a| and sigma = |a| |b|.
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0, 2.0])
+    close(power_iteration(torch.outer(a, b), torch.randn(2), steps=1)[0], 5 * 3)
+
+
+def test_the_error_shrinks_as_the_ratio_of_singular_values_to_the_power_4():
+    # diag(s1, s2), u = (1, 1): after k steps u ~ (s1^2k, s2^2k), and sigma = |W v| with v ~ W^T u_before = (s1^(2k-1), s2^(2k-1)):
+    # sigma^2 = (s1^4k + s2^4k) / (s1^(4k-2) + s2^(4k-2)).
+    s1, s2 = 2.0, 1.5
+    for k in (1, 2, 5):
+        W = torch.diag(torch.tensor([s1, s2], dtype=torch.float64))
+        sigma, *_ = power_iteration(W, torch.ones(2, dtype=torch.float64), steps=k)
+        close(sigma, math.sqrt((s1**(4*k) + s2**(4*k)) / (s1**(4*k - 2) + s2**(4*k - 2))), 1e-12)
+
+
+def test_an_orthogonal_matrix_has_norm_one_at_once():
+    close(power_iteration(nn.init.orthogonal_(torch.empty(6, 6)), torch.randn(6))[0], 1)
+
+
+def test_the_gradient_through_the_norm_is_the_closed_form():
+    # d <L, W / sigma> / dW = (L - <L, W / sigma> u v^T) / sigma, with u and v as constants.
+    layer = SNLinear(3, 4, 1e-12).double()
+    layer.u.copy_(torch.linalg.svd(layer.weight)[0][:, 0])
+    L = torch.randn(4, 3, dtype=torch.float64)
+    normalized = layer.normalized_weight()
+    (normalized * L).sum().backward()
+    W = layer.weight.detach()
+    U, S, Vh = torch.linalg.svd(W)
+    close(normalized, W / S[0])
+    close(layer.weight.grad, (L - (L * W / S[0]).sum() * torch.outer(U[:, 0], Vh[0])) / S[0], 1e-10)
+
+
+def test_spectral_norm_equals_torchs():
+    ours, theirs = SNConv2d(3, 5, 3, 1e-12), nn.Conv2d(3, 5, 3, padding=1)
+    theirs.load_state_dict({"weight": ours.weight, "bias": ours.bias})
+    theirs = nn.utils.parametrizations.spectral_norm(theirs, n_power_iterations=30)
+    x = torch.randn(2, 3, 8, 8)
+    for _ in range(200):
+        ours.normalized_weight()
+    a, b = ours(x), theirs(x)
+    close(a, b, 1e-5)
+    g = torch.randn_like(a)
+    a.backward(g), b.backward(g)
+    close(ours.weight.grad, theirs.parametrizations.weight.original.grad, 1e-4)
+
+
+@pytest.mark.parametrize("layer, x", [(SNConv2d(3, 5, 3, 1e-4), torch.randn(1, 3, 4, 4)), (SNLinear(3, 5, 1e-4), torch.randn(1, 3)),
+                                      (SNEmbedding(5, 3, 1e-4), torch.tensor([2]))])
+def test_u_moves_in_training_only_and_is_saved(layer, x):
+    before = layer.state_dict()["u"].clone()
+    layer.eval()(x)
+    assert torch.equal(layer.u, before)
+    layer.train()(x)
+    assert not torch.equal(layer.u, before)
+    close(layer.u.norm(), 1)
+
+
+# ---------------------------------------------------------------- resampling folded into a convolution
+
+def test_upsampling_then_3x3_is_one_transposed_4x4():
+    x, W, b = (torch.randn(s, dtype=torch.float64) for s in ((2, 3, 6, 8), (5, 3, 3, 3), (5,)))
+    close(biggan.upsample_conv3x3(x, W, b), F.conv2d(biggan.upsample(x), W, b, padding=1), 1e-12)
+
+
+def test_3x3_then_pooling_is_one_strided_4x4():
+    x, W, b = (torch.randn(s, dtype=torch.float64) for s in ((2, 3, 6, 8), (5, 3, 3, 3), (5,)))
+    close(biggan.conv3x3_downsample(x, W, b), F.avg_pool2d(F.conv2d(x, W, b, padding=1), 2), 1e-12)
+
+
+def test_four_copies_of_a_point_are_a_square():
+    W = torch.zeros(1, 1, 3, 3)
+    W[0, 0, 1, 1] = 1
+    close(biggan.four_shifted_copies(W)[0, 0], [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
+
+
+def test_pooling_undoes_upsampling_and_1x1_commutes_with_both():
+    x, W = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(5, 3, 1, 1, dtype=torch.float64)
+    close(F.avg_pool2d(biggan.upsample(x), 2), x)
+    close(F.conv2d(biggan.upsample(x), W), biggan.upsample(F.conv2d(x, W)))
+    close(F.conv2d(F.avg_pool2d(x, 2), W), F.avg_pool2d(F.conv2d(x, W), 2))
+
+
+def test_the_blocks_are_the_papers():
+    """The folded blocks against the blocks as tables 4 and 5 draw them, one operation at a time."""
+    config = small()
+    x, c = torch.randn(2, 8, 8, 8), torch.randn(2, 5)
+    g = biggan.GBlock(8, 16, 5, config).eval()
+    h = g.conv1(biggan.upsample(F.relu(g.bn1(x, c))))
+    close(g(x, c), g.conv2(F.relu(g.bn2(h, c))) + g.conv_sc(biggan.upsample(x)), 1e-5)
+    d = biggan.DBlock(8, 16, first=False, down=True, eps=1e-4).eval()
+    close(d(x), F.avg_pool2d(d.conv2(F.relu(d.conv1(F.relu(x)))) + d.conv_sc(x), 2), 1e-5)
+    first = biggan.DBlock(8, 16, first=True, down=True, eps=1e-4).eval()
+    close(first(x), F.avg_pool2d(first.conv2(F.relu(first.conv1(x))), 2) + first.conv_sc(F.avg_pool2d(x, 2)), 1e-5)
+    plain = biggan.DBlock(8, 8, first=False, down=False, eps=1e-4).eval()
+    close(plain(x), plain.conv2(F.relu(plain.conv1(F.relu(x)))) + x, 1e-5)
+
+
+# ---------------------------------------------------------------- batch norm
+
+def test_two_opposite_samples_become_plus_and_minus_one():
+    # Mean 0, variance a^2: a / sqrt(a^2 + eps) = 1 / sqrt(1 + eps / a^2).
+    a, eps = 3.0, 0.5
+    x = torch.tensor([a, -a]).reshape(2, 1, 1, 1)
+    y = BatchNorm(1, eps)(x).flatten()
+    close(y, [1 / math.sqrt(1 + eps / a**2), -1 / math.sqrt(1 + eps / a**2)])
+
+
+def test_batch_norm_equals_torchs_in_values_gradients_and_running_averages():
+    ours, theirs = BatchNorm(3, 1e-4).double(), nn.BatchNorm2d(3, 1e-4).double()
+    with torch.no_grad():
+        for name in ("gain", "bias"):
+            getattr(ours, name).copy_(torch.randn(3))
+        theirs.weight.copy_(ours.gain), theirs.bias.copy_(ours.bias)
+    x = (5 + 2 * torch.randn(4, 3, 5, 5, dtype=torch.float64)).requires_grad_()
+    x2 = x.detach().clone().requires_grad_()
+    g = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    for _ in range(3):
+        a, b = ours(x), theirs(x2)
+    close(a, b, 1e-10)
+    a.backward(g), b.backward(g)
+    for one, other in ((x.grad, x2.grad), (ours.gain.grad, theirs.weight.grad), (ours.bias.grad, theirs.bias.grad),
+                       (ours.running_mean, theirs.running_mean), (ours.running_var, theirs.running_var)):
+        close(one, other, 1e-10)
+    close(ours.eval()(x), theirs.eval()(x2), 1e-10)
+
+
+def test_the_derivative_of_the_moments_is_that_of_finite_differences():
+    assert torch.autograd.gradcheck(Moments.apply, torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True))
+
+
+def test_moments_of_bfloat16_are_taken_in_float32():
+    x = (100 + torch.randn(64, 2, 16, 16)).bfloat16()
+    mean, var = Moments.apply(x)
+    assert mean.dtype == var.dtype == torch.float32
+    close(mean, x.double().mean((0, 2, 3)), 1e-4)
+    close(var, x.double().var((0, 2, 3), correction=0), 1e-3)
+
+
+def test_running_averages_follow_the_geometric_sum():
+    # Each step keeps 0.9 of the average and adds 0.1 of the batch's m: after n equal batches (1 - 0.9^n) m, from 0.
+    bn, x = BatchNorm(1, 1e-4), torch.tensor([6.0, 8.0]).reshape(2, 1, 1, 1)
+    for _ in range(5):
+        bn(x)
+    close(bn.running_mean, [(1 - 0.9**5) * 7])
+    close(bn.running_var, [0.9**5 + (1 - 0.9**5) * 2])
+
+
+def test_the_condition_sets_gain_and_bias():
+    bn, x = ConditionalBatchNorm(2, 3, 1e-8, 1e-4), torch.randn(64, 2, 8, 8)
+    plain = BatchNorm(2, 1e-8)(x)
+    close(bn(x, torch.zeros(64, 3)), plain, 1e-5)                       # c = 0: gain 1, bias 0
+    c = torch.randn(1, 3).expand(64, 3)
+    bn.eval().training = True                                           # its two linear layers stay in eval mode: u rests
+    y = bn(x, c)
+    gain, bias = 1 + bn.gain.normalized_weight() @ c[0], bn.bias.normalized_weight() @ c[0]
+    close(y.std((0, 2, 3), correction=0), gain.abs(), 1e-4)             # the gain is the new standard deviation
+    close(y.mean((0, 2, 3)), bias, 1e-4)
+
+
+# ---------------------------------------------------------------- self-attention
+
+def attention(C=16):
+    layer = SelfAttention(C, 1e-4).eval()
+    nn.init.constant_(layer.gamma, 0.7)
+    return layer, torch.randn(2, C, 8, 8)
+
+
+def test_attention_begins_as_the_identity():
+    x = torch.randn(2, 16, 8, 8)
+    assert torch.equal(SelfAttention(16, 1e-4)(x), x)
+
+
+def test_without_questions_everybody_is_heard_equally():
+    # theta = 0 makes all scores 0, all weights 1 / (HW / 4), and the answer the mean of the pooled g, at every position.
+    layer, x = attention()
+    nn.init.zeros_(layer.theta.weight)
+    mean = F.max_pool2d(layer.g(x), 2).mean((2, 3), keepdim=True).expand(-1, -1, 8, 8)
+    close(layer(x), x + 0.7 * layer.o(mean), 1e-5)
+
+
+def test_attention_equals_torchs_with_scale_one():
+    layer, x = attention()
+    q = layer.theta(x).flatten(2).mT
+    k, v = (F.max_pool2d(part(x), 2).flatten(2).mT for part in (layer.phi, layer.g))
+    heard = F.scaled_dot_product_attention(q, k, v, scale=1.0).mT.reshape(2, 8, 8, 8)
+    close(layer(x), x + 0.7 * layer.o(heard), 1e-5)
+
+
+def test_attention_does_not_know_where_things_are():
+    # Moving whole 2x2 cells (which the pooling keeps together) moves the output alike: here, halves of the picture swap.
+    layer, x = attention()
+    close(layer(x.roll(4, dims=3)), layer(x).roll(4, dims=3), 1e-5)
+
+
+# ---------------------------------------------------------------- generator and discriminator
+
+def test_projection_is_a_scalar_product_with_the_class_vector():
+    # D(x, y) - D(x, y') = <e_y - e_y', h>
+    D = Discriminator(small()).eval()
+    x, h = torch.randn(2, 3, 32, 32), []
+    D.linear.register_forward_hook(lambda module, inputs, output: h.append(inputs[0]))
+    difference = D(x, torch.tensor([0, 0])) - D(x, torch.tensor([3, 3]))
+    E = D.embed.normalized_weight()
+    close(difference, h[0] @ (E[0] - E[3]), 1e-4)
+
+
+def test_a_chunk_of_z_only_reaches_its_block():
+    config = small("biggan64", z_dim=20)
+    G, seen = Generator(config).eval(), []
+    for block in G.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    z, y = torch.randn(1, 20), torch.tensor([0])
+    G(z, y)
+    z[:, 12:16] += 1                                                    # chunk 3 belongs to the third block
+    G(z, y)
+    before, after = seen[:4], seen[4:]
+    assert [torch.equal(a, b) for a, b in zip(before, after)] == [True, True, False, False]
+
+
+def test_embedded_labels_equal_labels_and_may_lie_between_classes():
+    G = Generator(small()).eval()
+    z, y = torch.randn(2, 128), torch.tensor([0, 3])
+    close(G(z, G.shared(y)), G(z, y))
+    assert G(z, G.shared(y).mean(0, keepdim=True).expand(2, -1)).isfinite().all()
+
+
+# ---------------------------------------------------------------- losses and penalties
+
+def test_hinge_losses_on_paper():
+    real, fake = torch.tensor([2.0, 0.5], requires_grad=True), torch.tensor([-3.0, 0.0], requires_grad=True)
+    loss = hinge_loss_d(real, fake)                                     # (0 + 0.5) / 2 + (0 + 1) / 2
+    close(loss, 0.75)
+    loss.backward()
+    close(real.grad, [0, -0.5])                                         # beyond the margin there is nothing to gain
+    close(fake.grad, [0, 0.5])
+    close(hinge_loss_g(fake), 1.5)
+
+
+def test_two_filters_at_an_angle_cost_twice_their_product_squared():
+    # W W^T = [[p^2, pq cos a], [pq cos a, q^2]]: off the diagonal 2 (p q cos a)^2.
+    p, q, a = 2.0, 3.0, 0.7
+    W = torch.tensor([[p, 0.0], [q * math.cos(a), q * math.sin(a)]])    # rows are filters
+    close(orthogonal_penalty(W), 2 * (p * q * math.cos(a))**2, 1e-4)
+    close(orthogonal_penalty(W, off_diagonal=False), 2 * (p * q * math.cos(a))**2 + (p**2 - 1)**2 + (q**2 - 1)**2, 1e-4)
+    skewed = torch.tensor([[2.0, 0.0], [0.0, 3.0]])                     # orthogonal, of other lengths than 1
+    assert orthogonal_penalty(skewed) == 0 and orthogonal_penalty(skewed, off_diagonal=False) == 9 + 64
+
+
+def test_the_penalty_compares_filters_not_inputs():
+    # Rows orthogonal, columns not: no penalty. The transpose pays.
+    W = torch.tensor([[1.0, 1.0, 0.0], [1.0, -1.0, 1.0]])
+    assert orthogonal_penalty(W) == 0 and orthogonal_penalty(W.T) > 1
+    conv = torch.zeros(2, 3, 3, 3)
+    conv[0, 0, 0, 0] = conv[1, 2, 2, 2] = 5                             # filters that share no weight
+    assert orthogonal_penalty(conv) == 0
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_the_penaltys_gradient_is_four_times_and_not_twice(shape):
+    # d || W W^T * (1 - I) ||^2 / dW = 4 (W W^T * (1 - I)) W.
+    W = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    orthogonal_penalty(W).backward()
+    gram = (W @ W.T).detach()
+    close(W.grad, 4 * (gram - torch.diag(gram.diag())) @ W.detach(), 1e-10)
+    assert torch.autograd.gradcheck(orthogonal_penalty, W)
+    close(orthogonal_penalty(W, off_diagonal=False), (W @ W.T - torch.eye(shape[0])).square().sum(), 1e-10)
+
+
+def test_regularisation_leaves_the_class_vectors_alone():
+    G = Generator(small())
+    biggan.orthogonal_regularisation(G).backward()
+    assert G.shared.weight.grad is None and all(p.grad is not None for n, p in G.named_parameters() if p.ndim > 1 and n != "shared.weight")
+
+
+# ---------------------------------------------------------------- truncation, averages, standing statistics
+
+@pytest.mark.parametrize("t", [2.0, 1.5, 1.0, 0.5, 0.04])
+def test_truncated_noise_has_the_truncated_normals_moments(t):
+    # Variance 1 - 2 t phi(t) / (2 Phi(t) - 1); cumulative function (Phi(z) - Phi(-t)) / (2 Phi(t) - 1).
+    z = truncated_normal((200_000,), t, torch.Generator().manual_seed(0)).double()
+    phi, mass = math.exp(-t * t / 2) / math.sqrt(2 * math.pi), math.erf(t / math.sqrt(2))
+    assert z.abs().max() <= t
+    close(z.mean() / t, 0, 0.01)
+    close(z.var(), 1 - 2 * t * phi / mass, rtol=0.02)
+    cdf = (torch.erf(z.sort().values / math.sqrt(2)) / mass + 1) / 2
+    distance = (cdf - torch.arange(1, len(z) + 1) / len(z)).abs().max()
+    assert distance < 1.95 / math.sqrt(len(z))                          # Kolmogorov-Smirnov at the 0.1% level
+
+
+def test_without_a_threshold_the_noise_is_normal():
+    z = truncated_normal((200_000,), generator=torch.Generator().manual_seed(0)).double()
+    close([z.mean(), z.var(), (z**4).mean()], [0, 1, 3], 0.05)
+    assert z.abs().max() > 3.5
+
+
+def test_one_seed_gives_the_same_noise_only_tamer_at_every_threshold():
+    z = [truncated_normal((1000,), t, torch.Generator().manual_seed(7)) for t in (math.inf, 1.0, 0.5)]
+    assert torch.equal(z[0].argsort(), z[1].argsort()) and torch.equal(z[1].argsort(), z[2].argsort())
+    assert (z[2].abs() <= z[1].abs()).all() and (z[1].abs() <= z[0].abs()).all()
+    with pytest.raises(ValueError, match="above 0"):
+        truncated_normal((1,), 0)
+
+
+def test_the_average_of_a_constant_approaches_it_geometrically():
+    # From x0 with decay d, n steps of c: d^n x0 + (1 - d^n) c. Buffers follow; before `start` the average is a copy.
+    source = BatchNorm(1, 1e-4)
+    ema = EMA(source, decay=0.9, start=2)
+    nn.init.constant_(source.gain, 5.0), source.running_mean.fill_(2.0)
+    ema.update(source, step=1)
+    assert ema.model.gain == 5 and ema.model.running_mean == 2
+    nn.init.constant_(source.gain, 7.0), source.running_mean.fill_(4.0)
+    for step in (3, 4, 5):
+        ema.update(source, step)
+    close(ema.model.gain, [0.9**3 * 5 + (1 - 0.9**3) * 7])
+    close(ema.model.running_mean, [0.9**3 * 2 + (1 - 0.9**3) * 4])
+    assert not ema.model.gain.requires_grad
+
+
+def test_standing_statistics_are_the_exact_mean_over_batches():
+    G = Generator(small())
+    before = {name: p.clone() for name, p in G.state_dict().items() if "running" not in name}
+    seen = []
+    G.blocks[0].bn1.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    standing_statistics(G, batches=5, batch_size=8)
+    close(G.blocks[0].bn1.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0), 1e-5)
+    close(G.blocks[0].bn1.running_var, torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0), 1e-5)
+    assert not G.training and G.blocks[0].bn1.momentum == BatchNorm.momentum
+    assert all(torch.equal(G.state_dict()[name], p) for name, p in before.items())     # nothing else has moved
+
+
+# ---------------------------------------------------------------- scores
+
+def test_frechet_distance_of_gaussians_on_paper():
+    d, s, mu = 4, 3.0, np.array([1.0, 2, 0, 2])
+    eye = np.eye(d)
+    assert math.isclose(metrics.frechet_distance(mu, s**2 * eye, 0 * mu, eye), 9 + d * (1 - s)**2)
+    a, b = np.array([1.0, 4, 9, 16]), np.array([4.0, 4, 1, 0])          # diagonal: sum of (sqrt a - sqrt b)^2
+    assert math.isclose(metrics.frechet_distance(mu, np.diag(a), mu, np.diag(b)), 1 + 0 + 4 + 16)
+    few = np.random.default_rng(0).normal(size=(3, 50))                 # rank 2 in 50 dimensions
+    cov = np.cov(few.T)
+    assert abs(metrics.frechet_distance(0, cov, 0, cov)) < 1e-6
+
+
+def test_frechet_distance_of_correlated_gaussians():
+    # Rotating both leaves the distance as it is.
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    a, b = np.diag([1.0, 4, 9]), np.diag([4.0, 1, 1])
+    assert math.isclose(metrics.frechet_distance(np.zeros(3), q @ a @ q.T, np.zeros(3), q @ b @ q.T), 1 + 1 + 4)
+
+
+def test_inception_score_is_one_for_sameness_and_k_for_certain_balanced_classes():
+    close(metrics.inception_score(np.full((100, 5), 0.2)), [1, 0])
+    close(metrics.inception_score(np.tile(np.eye(5), (20, 1))), [5, 0])
+    with pytest.raises(ValueError):
+        metrics.inception_score(np.eye(5), splits=10)
+
+
+def test_sliced_wasserstein_of_a_shift_is_its_mean_projection():
+    # Moving all points by delta moves each projection by <delta, u>. In 2 dimensions E|<delta, u>| = |delta| 2 / pi.
+    a, delta = torch.randn(500, 2, dtype=torch.float64), torch.tensor([3.0, 4.0])
+    close(metrics.sliced_wasserstein(a, a + delta, projections=20_000), 5 * 2 / math.pi, rtol=0.01)
+    assert metrics.sliced_wasserstein(a, a[torch.randperm(500)]) < 1e-12
+    with pytest.raises(ValueError):
+        metrics.sliced_wasserstein(a, a[:10])
+
+
+def test_the_pyramid_adds_up_to_the_image():
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    bands = metrics.laplacian_pyramid(x)
+    assert [b.shape[-1] for b in bands] == [64, 32, 16]
+    rebuilt = bands[-1]
+    for band in bands[-2::-1]:
+        rebuilt = metrics.enlarge(rebuilt) + band
+    close(rebuilt, x, 1e-12)
+    flat = metrics.laplacian_pyramid(torch.full((1, 3, 32, 32), 9.0))
+    close(flat[0], torch.zeros(1, 3, 32, 32), 1e-5), close(flat[1], torch.full((1, 3, 16, 16), 9.0), 1e-5)
+
+
+def test_patches_are_cut_from_the_image():
+    x = torch.arange(2 * 100).reshape(2, 1, 10, 10)
+    p = metrics.patches(x, per_image=3, side=2)
+    assert p.shape == (6, 4)
+    assert all((row - row[0]).tolist() == [0, 1, 10, 11] for row in p) and (p[:3] < 100).all() and (p[3:] >= 100).all()
+
+
+def test_worse_images_are_farther_away():
+    shapes = train.Shapes(32)
+    images = np.stack([shapes[i][0] for i in range(200)])
+    real, other = images[:100], images[100:]
+    noise = np.random.default_rng(0).normal(size=other.shape)
+    scores = [sum(metrics.pyramid_distances(real, (other + s * noise).clip(0, 255).astype(np.uint8)).values()) for s in (0, 10, 40)]
+    grey = other.mean(3, keepdims=True).repeat(3, 3).astype(np.uint8)
+    assert scores[0] < scores[1] < scores[2]
+    assert sum(metrics.pyramid_distances(real, grey).values()) > 2 * scores[0]
+
+
+# ---------------------------------------------------------------- data
+
+def picture(folder, name, mode="RGB", size=(40, 30), colour=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    image = Image.new(mode, size) if colour is None else Image.new(mode, size, colour)
+    image.save(folder / name)
+    return folder / name
+
+
+def test_any_mode_and_size_becomes_an_rgb_square(tmp_path):
+    for mode, name in (("RGB", "a.jpg"), ("L", "b.png"), ("CMYK", "c.jpg"), ("P", "d.gif"), ("LA", "e.png"), ("RGBA", "f.webp"),
+                       ("1", "g.bmp"), ("I;16", "h.png"), ("I", "i.tiff"), ("RGB", "j.PPM")):
+        for size in ((40, 30), (7, 90), (1, 1)):
+            image = train.load_image(picture(tmp_path, name, mode, size), 16)
+            assert image.shape == (16, 16, 3) and image.dtype == np.uint8, (mode, size)
+
+
+def test_transparency_shows_white_and_16_bit_grey_keeps_its_value(tmp_path):
+    assert (train.load_image(picture(tmp_path, "a.png", "RGBA", colour=(0, 0, 0, 0)), 8) == 255).all()
+    Image.fromarray(np.full((9, 9), 257 * 100, np.uint16)).save(tmp_path / "b.png")
+    assert (train.load_image(tmp_path / "b.png", 8) == 100).all()
+
+
+def test_the_crop_is_central_and_the_reduction_an_average(tmp_path):
+    # 8 wide, 4 high: columns 2 to 5 remain; each 2x2 block of them is averaged.
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:, 2], pixels[:, 3], pixels[:, 6:] = 100, 200, 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    close(train.load_image(tmp_path / "a.png", 2)[:, :, 0].astype(float), [[150, 0], [150, 0]])
+
+
+def test_a_folders_classes_are_its_sub_folders_in_order(tmp_path):
+    for name, n in (("b", 3), ("a", 2)):
+        for i in range(n):
+            picture(tmp_path / name, f"{i}.png")
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    data = train.ImageFolder(tmp_path, 8)
+    assert data.classes == ["a", "b"] and data.labels == [0, 0, 1, 1, 1] and data[4][1] == 1
+
+
+def test_a_corrupt_file_is_named_and_replaced_by_the_next_of_its_class(tmp_path, capsys):
+    for i, colour in enumerate(("red", "lime", "blue")):
+        picture(tmp_path / "a", f"{i}.png", colour=colour)
+    whole = (tmp_path / "a" / "1.png").read_bytes()
+    (tmp_path / "a" / "1.png").write_bytes(whole[:40])
+    data = train.ImageFolder(tmp_path, 8)
+    assert data[1][0][0, 0].tolist() == [0, 0, 255] and data[1][1] == 0
+    assert capsys.readouterr().err.count("warning: skipped") == 1                # named once, not every time
+
+
+def test_every_shape_is_drawn_inside_its_picture_and_reproducibly():
+    shapes = train.Shapes(32)
+    for i in range(200):
+        image, label = shapes[i]
+        assert label == i % 10 and image.shape == (32, 32, 3)
+        assert (image[0] == image[0, 0]).all() and (image[:, 0] == image[0, 0]).all()      # the border is background
+        assert np.abs(image.astype(int) - image[0, 0]).max() > 60                          # the shape stands out
+        assert np.array_equal(image, train.Shapes(32)[i][0])
+
+
+def test_every_epoch_shows_each_image_once_and_may_be_entered_anywhere():
+    def first(position, batches, batch=4):
+        order = iter(train.Order(10, batch, position, seed=1, flip=1))
+        return [item for _ in range(batches) for item in next(order)]
+    all_items = first(0, 10)
+    for epoch in range(4):
+        assert sorted(i for i, _ in all_items[10 * epoch:10 * epoch + 10]) == list(range(10))
+    assert all_items[:10] != all_items[10:20]
+    assert first(12, 2) == all_items[12:20] and first(0, 5, batch=8) == all_items
+    assert 8 < sum(mirror for _, mirror in all_items) < 32
+    assert not any(mirror for _, mirror in next(iter(train.Order(10, 10, 0, seed=1, flip=0))))
+
+
+# ---------------------------------------------------------------- training
+
+TINY = ["--preset", "shapes", "--ch", "8", "--batch", "8", "--save-every", "2", "--sample-every", "6", "--log-every", "2"]
+
+
+def start(*arguments, module=train):
+    """Run a command in this process, as `run` would."""
+    module.main([str(a) for a in arguments])
+
+
+def weights_of(out, step):
+    return sample.read_checkpoint(Path(out, "checkpoints", f"step-{step:08d}.pt"))
+
+
+def assert_same(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def trainer(*arguments):
+    s = train.parse_settings(["--preset", "shapes", "--ch", "8", "--batch", "8", "--precision", "fp32", *arguments])
+    data = train.open_data("shapes", 32)
+    config = dataclasses.replace(MODELS[s.model], ch=s.ch, n_classes=10)
+    t = train.Trainer(s, config, torch.device("cpu"))
+    return t, train.batches(data, s, 0, t.device)
+
+
+def test_each_update_leaves_the_other_network_alone():
+    t, real = trainer("--g-lr", "0")
+    before = {name: p.clone() for name, p in t.G.named_parameters()}
+    d_before = {name: p.clone() for name, p in t.D.named_parameters()}
+    t.train_step(real)
+    assert all(torch.equal(p, before[name]) for name, p in t.G.named_parameters())
+    assert not any(torch.equal(p, d_before[name]) for name, p in t.D.named_parameters() if "weight" in name and "attention" not in name)
+    t, real = trainer("--d-lr", "0")
+    d_before = {name: p.clone() for name, p in t.D.named_parameters()}
+    t.train_step(real)
+    assert all(torch.equal(p, d_before[name]) for name, p in t.D.named_parameters())
+
+
+def test_gradients_of_micro_batches_add_up():
+    # D has no batch norm: with G's part of the batch fixed by eval mode, 2 halves give the gradient of the whole.
+    grads = []
+    for micro in ("8", "4"):
+        torch.manual_seed(0)
+        t, real = trainer("--micro-batch", micro, "--g-lr", "0", "--d-lr", "0", "--ortho", "0")
+        t.D.eval(), t.G.eval()
+        t.train_step(real)
+        grads.append([p.grad.clone() for network in (t.D, t.G) for p in network.parameters()])
+    for a, b in zip(*grads):
+        close(a, b, 1e-5, 1e-3)
+
+
+def test_training_steps_reduce_ds_loss_on_a_frozen_g():
+    t, real = trainer("--g-lr", "0", "--d-lr", "1e-3")
+    losses = [t.train_step(real)["D_loss"].item() for _ in range(30)]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_stopping_and_continuing_equals_never_stopping(tmp_path):
+    start(*TINY, "--out", tmp_path / "a", "--steps", 6, "--workers", 1)
+    start(*TINY, "--out", tmp_path / "b", "--steps", 4)
+    start(*TINY, "--out", tmp_path / "b", "--steps", 6)
+    assert_same(weights_of(tmp_path / "a", 6), weights_of(tmp_path / "b", 6))
+    lines = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert sorted(p.name for p in (tmp_path / "b" / "checkpoints").iterdir()) == [f"step-{k:08d}.pt" for k in (2, 4, 6)]
+    assert Image.open(tmp_path / "b" / "samples" / "step-00000006.png").size == (342, 342)
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["classes"][7] == "square"
+
+
+def run_command(script, *arguments, **options):
+    return subprocess.Popen([sys.executable, HERE / script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def test_sigkill_at_any_moment_costs_no_checkpoint_and_changes_nothing(tmp_path):
+    command = [*TINY, "--out", tmp_path / "killed", "--steps", 40]
+    dice = random.Random(0)
+    for kill in range(5):
+        process = run_command("train.py", *command)
+        before = sorted((tmp_path / "killed" / "checkpoints").glob("*.pt"))
+        while sorted((tmp_path / "killed" / "checkpoints").glob("*.pt")) == before and process.poll() is None:
+            time.sleep(0.002)                                           # until it has come a little further ...
+        time.sleep(dice.uniform(0, 0.3))                                # ... then at any moment, also within a save
+        process.kill()
+        error = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, error
+        for path in (tmp_path / "killed" / "checkpoints").glob("*.pt"):
+            sample.read_checkpoint(path)
+    process = run_command("train.py", *command)
+    output, error = process.communicate()
+    assert process.returncode == 0 and "continuing" in output, error
+    process = run_command("train.py", *TINY, "--out", tmp_path / "whole", "--steps", 40)
+    process.communicate()
+    assert_same(weights_of(tmp_path / "killed", 40), weights_of(tmp_path / "whole", 40))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_leave_with_status_0(tmp_path, number):
+    process = run_command("train.py", *TINY, "--out", tmp_path / "r", "--steps", 10_000, "--save-every", 10_000, "--workers", 1)
+    while not (tmp_path / "r" / "log.jsonl").exists() or not (tmp_path / "r" / "log.jsonl").read_text():
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command continues" in output and "Traceback" not in error, error
+    assert sample.newest_checkpoint(tmp_path / "r")[0]["step"] >= 2
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys):
+    start(*TINY, "--out", tmp_path / "r", "--steps", 4)
+    path = tmp_path / "r" / "checkpoints" / "step-00000004.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1                                     # one bit, somewhere in the weights
+    path.write_bytes(content)
+    checkpoint, path = sample.newest_checkpoint(tmp_path / "r")
+    assert checkpoint["step"] == 2 and "step-00000004.pt is damaged" in capsys.readouterr().err
+
+
+def test_a_failing_save_costs_a_warning_and_no_older_checkpoint(tmp_path, capsys, monkeypatch):
+    start(*TINY, "--out", tmp_path / "r", "--steps", 2)
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        sample.save_atomically(tmp_path / "x", lambda f: f.write(b"x"))
+    t, _ = trainer("--out", str(tmp_path / "r"))
+    train.save_checkpoint(t, list(train.SHAPES), t.s)
+    assert "could not be saved" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert sample.newest_checkpoint(tmp_path / "r")[0]["step"] == 2 and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_run_that_has_become_nan_stops_and_keeps_its_checkpoints(tmp_path):
+    start(*TINY, "--out", tmp_path / "r", "--steps", 2)
+    with pytest.raises(SystemExit, match="no longer finite"):
+        start(*TINY, "--out", tmp_path / "s", "--steps", 100, "--g-lr", "1e30", "--d-lr", "1e30")
+    for path in (tmp_path / "s" / "checkpoints").glob("*.pt"):
+        assert all(p.isfinite().all() for p in sample.read_checkpoint(path)["G"].values())
+
+
+# ---------------------------------------------------------------- sampling
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "shapes"
+    start(*TINY, "--out", out, "--steps", 4)
+    return out
+
+
+def test_an_image_depends_on_its_seed_and_not_on_its_neighbours(tiny_run):
+    G = sample.load_generator(tiny_run)
+    labels, seeds = [k % 10 for k in range(10)], list(range(10))
+    together = sample.draw(G, labels, seeds, batch=10).astype(int)
+    alone = sample.draw(G, labels, seeds, batch=1).astype(int)
+    assert np.abs(together - alone).max() <= 1                          # at most a rounding
+
+
+def test_samples_are_drawn_by_the_averaged_generator(tiny_run):
+    G = sample.load_generator(tiny_run)
+    checkpoint = sample.newest_checkpoint(tiny_run)[0]
+    assert G.classes == list(train.SHAPES) and not G.training
+    for name, p in G.named_parameters():
+        assert torch.equal(p, checkpoint["G_ema"][name])
+
+
+def test_sample_writes_one_row_per_class(tiny_run, tmp_path, capsys):
+    start("--weights", tiny_run, "--class", "star", "3", "--n", 5, "--trunc", 0.5, "--out", tmp_path / "a.png", module=sample)
+    assert Image.open(tmp_path / "a.png").size == (5 * 34 + 2, 2 * 34 + 2)
+    assert "10 images of star, cross" in capsys.readouterr().out
+    checkpoint = next((tiny_run / "checkpoints").glob("*.pt"))
+    start("--weights", checkpoint, "--class", "HEART", "--n", 4, "--out", tmp_path / "b.png", module=sample)
+    assert Image.open(tmp_path / "b.png").size == (2 * 34 + 2, 2 * 34 + 2)
+
+
+def test_metrics_scores_a_run_at_every_level(tiny_run, tmp_path):
+    start("--weights", tiny_run, "--data", "shapes", "--n", 50, "--out", tmp_path / "m.json", module=metrics)
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert set(result["swd_x1000"]) == {"32", "16"} and result["n"] == 50 and result["swd_x1000_mean"] > 0
+    for i in range(3):
+        picture(tmp_path / "images", f"{i}.png", size=(32, 32), colour=(i, i, 200))
+    start("--fake", tmp_path / "images", "--real", tmp_path / "images", "--n", 3, "--out", tmp_path / "n.json", module=metrics)
+    assert json.loads((tmp_path / "n.json").read_text())["real_colour"]["mean"] == [1, 1, 200]
+
+
+# ---------------------------------------------------------------- mistakes: one sentence, status 2, nothing written
+
+def refused(monkeypatch, capsys, module, *arguments):
+    """Run a command that must be refused, as the shell would; returns its sentence."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        sample.run(module.main)
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+    assert stop.value.code == 2 and len(error) == 1 and error[0].startswith("error: "), error
+    return error[0]
+
+
+def listing(folder):
+    return {p: p.stat().st_mtime_ns for p in Path(folder).rglob("*")}
+
+
+@pytest.mark.parametrize("make, sentence", [
+    (lambda d: d.rmdir(), "does not exist"),
+    (lambda d: None, "holds no images"),
+    (lambda d: picture(d, "a.png"), "no class folders"),
+    (lambda d: picture(d / "train" / "cat", "a.png"), "one folder too high.*pass --data .*train"),
+    (lambda d: (picture(d / "cat", "a.png"), (d / "dog").mkdir()), "dog holds no images"),
+    (lambda d: (d / "cat").mkdir() or (d / "cat" / "a.png").write_bytes(b"broken"), "none of the 1 images .*cat can be read"),
+])
+def test_a_data_folder_of_the_wrong_shape_is_refused(tmp_path, monkeypatch, capsys, make, sentence):
+    data = tmp_path / "data"
+    data.mkdir()
+    make(data)
+    error = refused(monkeypatch, capsys, train, "--preset", "cifar10", "--data", data, "--out", tmp_path / "run")
+    assert re.search(sentence, error) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--preset", "cifra10"], "invalid choice: 'cifra10'"),
+    (["--presett", "shapes"], "there is no option --presett; did you mean --preset?"),
+    (["--pre", "shapes"], "there is no option --pre"),
+    (["shapes"], "there is no option shapes"),
+    (["--preset", "cifar10"], "needs --data DIR"),
+    ([], "needs --data DIR"),
+    (["--preset", "shapes", "--steps", "0"], "--steps must be at least 1"),
+    (["--preset", "shapes", "--steps", "many"], "invalid int value: 'many'"),
+    (["--preset", "shapes", "--g-lr", "nan"], "--g-lr must be 0 or more"),
+    (["--preset", "shapes", "--ema", "1"], "--ema must be at least 0 and below 1"),
+    (["--preset", "shapes", "--ch", "12"], "multiple of 8"),
+    (["--preset", "shapes", "--batch", "10", "--micro-batch", "4"], "does not divide"),
+])
+def test_a_wrong_setting_is_refused(tmp_path, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refused(monkeypatch, capsys, train, *arguments) and not listing(tmp_path)
+
+
+def test_continuing_with_other_settings_lists_each_difference(tiny_run, monkeypatch, capsys):
+    before = listing(tiny_run)
+    error = refused(monkeypatch, capsys, train, *TINY, "--out", tiny_run, "--steps", 9, "--seed", 5, "--d-lr", "1e-3")
+    assert "seed was 0 and is now 5" in error and "d_lr was 0.0004 and is now 0.001" in error and "g_lr" not in error
+    assert listing(tiny_run) == before
+
+
+def test_a_folder_with_other_things_is_not_used_as_run_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert "is not empty" in refused(monkeypatch, capsys, train, *TINY, "--out", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "cannot be made" in refused(monkeypatch, capsys, train, *TINY, "--out", tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--class", "10"], "classes 0 to 9"),
+    (["--class", "-1"], "classes 0 to 9"),
+    (["--class", "hart"], "no class named hart; did you mean heart?"),
+    (["--class", "zebra"], "no class named zebra; this model knows arrow"),
+    (["--trunc", "0"], "0 is not above 0"),
+    (["--trunc", "-1"], "-1 is not above 0"),
+    (["--trunc", "nan"], "nan is not above 0"),
+    (["--trunc", "half"], "invalid number above 0 value: 'half'"),
+    (["--n", "0"], "0 is below 1"),
+    (["--seed", "x"], "invalid int value"),
+    (["--out", "nowhere/a.png"], "the folder nowhere for the output a.png does not exist"),
+    (["--out", "a.jpeg"], "must end in .png"),
+    (["--weights", "nothing.pt"], "nothing.pt does not exist"),
+    (["--wieghts", "x"], "did you mean --weights?"),
+])
+def test_a_wrong_request_for_samples_is_refused(tiny_run, tmp_path, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    given = [] if "--weights" in arguments else ["--weights", tiny_run]
+    assert sentence in refused(monkeypatch, capsys, sample, *given, *arguments) and not listing(tmp_path)
+
+
+def test_without_any_run_sample_says_how_to_get_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "python train.py --preset shapes" in refused(monkeypatch, capsys, sample)
+    assert "not a run folder" in refused(monkeypatch, capsys, sample, "--weights", tmp_path)
+
+
+class Trap:
+    """Pickles to an instruction that would create a file when it is loaded."""
+
+    def __reduce__(self):
+        return (open, ("trapped", "w"))
+
+
+def edited(checkpoint, change):
+    change(checkpoint)
+    return checkpoint
+
+
+@pytest.mark.parametrize("spoil, sentence", [
+    (lambda c, p: p.write_bytes(b""), "not a checkpoint, or it is cut short"),
+    (lambda c, p: p.write_text("hello"), "not a checkpoint, or it is cut short"),
+    (lambda c, p: (torch.save(c, p), os.truncate(p, p.stat().st_size // 2)), "not a checkpoint, or it is cut short"),
+    (lambda c, p: torch.save({**c, "extra": Trap()}, p), "could run code"),
+    (lambda c, p: torch.save([1, 2], p), "not a checkpoint of train.py"),
+    (lambda c, p: torch.save(edited(c, lambda c: c["G_ema"].pop("linear.bias")), p), "Missing key.*linear.bias"),
+    (lambda c, p: torch.save(edited(c, lambda c: c["model"].update(ch=16)), p), "size mismatch"),
+    (lambda c, p: torch.save(edited(c, lambda c: c["model"].update(colour="red")), p), "colour"),
+    (lambda c, p: torch.save(edited(c, lambda c: c["G_ema"]["linear.bias"].fill_(math.nan)), p), "not finite, in linear.bias"),
+    (lambda c, p: torch.save(edited(c, lambda c: c["classes"].pop()), p), "9 class names for 10 classes"),
+])
+def test_a_file_that_is_no_sound_checkpoint_is_refused(tiny_run, tmp_path, monkeypatch, capsys, spoil, sentence):
+    monkeypatch.chdir(tmp_path)
+    spoil(sample.newest_checkpoint(tiny_run)[0], tmp_path / "bad.pt")
+    error = refused(monkeypatch, capsys, sample, "--weights", "bad.pt")
+    assert re.search(sentence, error)
+    assert not (tmp_path / "trapped").exists() and not (tmp_path / "sample.png").exists()
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--fake", "a", "--real", "b"], "the image folder a does not exist"),
+    (["--fake", "a", "--weights", "b", "--real", "c"], "exclude each other"),
+    ([], "--data DIR, the folder of real images to compare with, is missing"),
+    (["--data", "shapes", "--n", "1"], "at least 2"),
+])
+def test_a_wrong_request_for_scores_is_refused(tmp_path, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refused(monkeypatch, capsys, metrics, *arguments)
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "metrics.py"])
+def test_a_mistake_on_the_real_command_line_ends_in_one_sentence_and_help_in_status_0(script, tmp_path):
+    process = run_command(script, "--no-such-option", cwd=tmp_path)
+    output, error = process.communicate()
+    assert process.returncode == 2 and error == "error: there is no option --no-such-option; --help lists them\n" and not output
+    process = run_command(script, "--help", cwd=tmp_path)
+    assert {"train.py": "--data", "sample.py": "--class", "metrics.py": "--real"}[script] in process.communicate()[0]
+    assert process.returncode == 0
+
+
+# ---------------------------------------------------------------- make check: is the demo good?
+
+def check_the_demos_samples_are_the_shapes_that_were_asked_for():
+    """After `make demo`: a classifier trained on drawn shapes recognises at least 90% of 2,000 samples; they are at under a third of
+    the distance of an untrained generator's; the mean and the spread of their colours are within 25% of the drawn ones'."""
+    data, n = train.Shapes(32), 2000
+    judge = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64),
+                          nn.ReLU(), nn.Conv2d(64, 128, 3, 2, 1), nn.BatchNorm2d(128), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 10))
+    optimizer = torch.optim.Adam(judge.parameters(), 1e-3)
+    to_input = lambda images: torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for step in range(500):
+        images, labels = zip(*[data[i] for i in range(128 * step, 128 * step + 128)])
+        optimizer.zero_grad()
+        F.cross_entropy(judge(to_input(images)), torch.tensor(labels)).backward()
+        optimizer.step()
+    judge.eval()
+
+    labels = torch.arange(n) % 10
+    real = metrics.load_images("shapes", 32, n, seed=0)
+    G = sample.load_generator(HERE / "runs/shapes")
+    fake = sample.draw(G, labels.tolist(), range(n))
+    untrained = standing_statistics(Generator(G.config), batches=16)
+    with torch.no_grad():
+        correct = {name: (judge(to_input(images)).argmax(1) == labels).double() for name, images in (("real", real), ("fake", fake))}
+    agreement = {name: c.mean().item() for name, c in correct.items()}
+    distance = {name: np.mean(list(metrics.pyramid_distances(real, images).values())) for name, images in
+                (("fake", fake), ("untrained", sample.draw(untrained, labels.tolist(), range(n))))}
+    (real_mean, real_spread), (fake_mean, fake_spread) = metrics.mean_colours(real), metrics.mean_colours(fake)
+    print(f"\nagreement: drawn shapes {agreement['real']:.1%}, samples {agreement['fake']:.1%}; per class "
+          + ", ".join(f"{name} {correct['fake'][k::10].mean():.0%}" for k, name in enumerate(data.classes)))
+    print(f"sliced Wasserstein distance: samples {distance['fake']:.4f}, untrained generator {distance['untrained']:.4f}")
+    print(f"mean colour, samples / drawn: {(fake_mean / real_mean).round(2)}; its spread: {(fake_spread / real_spread).round(2)}")
+    assert agreement["real"] > 0.99 and agreement["fake"] >= 0.9
+    assert distance["fake"] < distance["untrained"] / 3
+    assert np.abs(fake_mean / real_mean - 1).max() < 0.25 and np.abs(fake_spread / real_spread - 1).max() < 0.25
