@@ -22,7 +22,7 @@ from PIL import Image
 
 from biggan import standing_statistics
 from sample import (STANDING_BATCHES, Parser, UserError, at_least_one, check_output, draw, positive, read_generator, run,
-                    save_atomically, warn)
+                    save_atomically, seed_number, warn)
 from train import Shapes, load_image
 
 
@@ -175,7 +175,7 @@ def main(arguments):
     parser.add_argument("--data", "--real", dest="data", metavar="DIR", help="folder of real images, or 'shapes'")
     parser.add_argument("--n", type=at_least_one, default=2000, help="images of each kind; compare only scores of equal n (default: 2000)")
     parser.add_argument("--trunc", type=positive, default=math.inf, metavar="T", help="truncate the noise at T (default: not truncated)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise and the choice of images (default: 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the noise and the choice of images (default: 0)")
     parser.add_argument("--out", default="metrics.json", metavar="FILE.json", help="(default: metrics.json)")
     args = parser.parse_args(arguments)
     if not args.data:
@@ -184,8 +184,6 @@ def main(arguments):
         parser.error("--fake and --weights exclude each other: score a folder or a generator")
     if args.n < 2:
         parser.error("--n must be at least 2, since a distribution is compared")
-    if args.seed < 0:
-        parser.error(f"--seed must be 0 or more, not {args.seed}")
     out = check_output(args.out, ".json")
 
     if args.fake:

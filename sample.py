@@ -15,7 +15,6 @@ Reading order: errors and files, which train.py and metrics.py share, then check
 
 import argparse
 import difflib
-import itertools
 import math
 import os
 import sys
@@ -83,7 +82,15 @@ def at_least_one(text):
     return value
 
 
-positive.__name__, at_least_one.__name__ = "number above 0", "whole number"   # argparse puts the names into its sentences
+def seed_number(text):
+    value = int(text)
+    if not 0 <= value < 2**62:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^62")
+    return value
+
+
+# argparse puts these names into its sentences.
+positive.__name__, at_least_one.__name__, seed_number.__name__ = "number above 0", "whole number", "whole number"
 
 
 def check_output(path, suffix=".png"):
@@ -264,7 +271,7 @@ def main(arguments):
     parser.add_argument("--trunc", type=positive, default=math.inf, metavar="T",
                         help="truncate the noise at T, such as 0.5; useful between 2 and 0.04 (default: not truncated)")
     parser.add_argument("--n", type=at_least_one, default=8, help="images per class (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first image of every class (default: 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the first image of every class (default: 0)")
     parser.add_argument("--out", default="sample.png", metavar="FILE.png", help="(default: sample.png)")
     args = parser.parse_args(arguments)
     out = check_output(args.out)

@@ -715,7 +715,7 @@ def test_a_failing_save_costs_a_warning_and_no_older_checkpoint(tmp_path, capsys
         sample.save_atomically(tmp_path / "x", lambda f: f.write(b"x"))
     t, _ = trainer("--out", str(tmp_path / "r"))
     train.save_checkpoint(t, list(train.SHAPES), t.s)
-    assert "could not be saved" in capsys.readouterr().err
+    assert "could not be written" in capsys.readouterr().err
     monkeypatch.undo()
     assert sample.newest_checkpoint(tmp_path / "r")[0]["step"] == 2 and not list(tmp_path.rglob("*.tmp"))
 
@@ -847,7 +847,8 @@ def test_a_folder_with_other_things_is_not_used_as_run_folder(tmp_path, monkeypa
     (["--trunc", "nan"], "nan is not above 0"),
     (["--trunc", "half"], "invalid number above 0 value: 'half'"),
     (["--n", "0"], "0 is below 1"),
-    (["--seed", "x"], "invalid int value"),
+    (["--seed", "x"], "invalid whole number value: 'x'"),
+    (["--seed", "-3"], "-3 is not between 0 and 2^62"),
     (["--out", "nowhere/a.png"], "the folder nowhere for the output a.png does not exist"),
     (["--out", "a.jpeg"], "must end in .png"),
     (["--weights", "nothing.pt"], "nothing.pt does not exist"),

@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,6 +105,8 @@ def parse_settings(arguments):
     for name in ("g_lr", "d_lr", "ortho", "seed", "ema_start", "workers"):
         if getattr(s, name) is not None and not 0 <= getattr(s, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(s, name)}")
+    if s.seed >= 2**62:
+        parser.error(f"--seed must be below 2^62, not {s.seed}")
     for name in ("beta1", "beta2", "ema"):
         if not 0 <= getattr(s, name) < 1:
             parser.error(f"--{name} must be at least 0 and below 1, not {getattr(s, name)}")
@@ -198,8 +201,11 @@ class ImageFolder:
         if not root.is_dir():
             raise UserError(f"the data folder {root} does not exist" if not root.exists() else
                             f"{root} is a file; --data needs a folder with one sub-folder of images per class")
-        folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-        files = {d: images_in(d) for d in folders}
+        try:
+            folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+            files = {d: images_in(d) for d in folders}
+        except OSError as error:
+            raise UserError(f"the data folder {error.filename} cannot be read: {error.strerror}") from None
         if not any(files.values()):
             raise UserError(why_no_classes(root, folders))
         for d in folders:
@@ -333,9 +339,8 @@ class Trainer:
         self.ema = EMA(self.G, s.ema, s.ema_start)
         self.step = 0
         self.micro = s.micro_batch or s.batch
-        precision = s.precision if s.precision != "auto" else "bf16" if has_bf16(device) else "fp32"
-        self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        print(f"{precision} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}; "
+        self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
+        print(f"{s.precision} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}; "
               f"G {sum(p.numel() for p in self.G.parameters()):,} and D {sum(p.numel() for p in self.D.parameters()):,} parameters")
 
     def noise(self, part):
@@ -442,6 +447,15 @@ def short(value):
     return text if len(text) < 60 else text[:57] + "..."
 
 
+@contextmanager
+def surviving(what):
+    """A full disk or a folder that has become unwritable costs a warning, not the run."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:                        # torch reports a failed write as a RuntimeError
+        warn(f"{what} could not be written ({error}); training goes on")
+
+
 class Log:
     """log.jsonl: one JSON object per line. Continuing a run drops the lines of steps that are about to be repeated."""
 
@@ -452,22 +466,19 @@ class Log:
         save_atomically(path, lambda f: f.write("".join(kept).encode()))
 
     def write(self, entry):
-        with open(self.path, "a") as f:
+        with surviving(self.path), open(self.path, "a") as f:
             f.write(json.dumps(entry) + "\n")
 
 
 def save_checkpoint(trainer, classes, s):
-    """Write the state, then delete all but the newest few. A full disk costs a warning, not the run and not an older checkpoint."""
+    """Write the state and, once that has succeeded, delete all but the newest few."""
     folder = Path(s.out, "checkpoints")
     path = folder / f"step-{trainer.step:08d}.pt"
     content = {"model": plain(trainer.config), "classes": classes, **trainer.state()}
-    try:
+    with surviving(path):
         save_atomically(path, lambda f: torch.save(content, f))
-    except (OSError, RuntimeError) as error:                        # torch reports a failed write as a RuntimeError
-        warn(f"the checkpoint {path} could not be saved ({error}); training goes on")
-        return
-    for old in sorted(folder.glob("*.pt"))[:-s.keep]:
-        old.unlink()
+        for old in sorted(folder.glob("*.pt"))[:-s.keep]:
+            old.unlink()
 
 
 def save_samples(trainer, s, rows=16, columns=10):
@@ -476,7 +487,8 @@ def save_samples(trainer, s, rows=16, columns=10):
     rows = min(rows, trainer.config.n_classes)
     images = draw(G, [label for label in range(rows) for _ in range(columns)], list(range(columns)) * rows)
     path = Path(s.out, "samples", f"step-{trainer.step:08d}.png")
-    save_atomically(path, lambda f: image_grid(images, columns).save(f, "PNG"))
+    with surviving(path):
+        save_atomically(path, lambda f: image_grid(images, columns).save(f, "PNG"))
     return path
 
 
@@ -501,6 +513,8 @@ def main(arguments):
     device = pick_device()
     if device.type == "cpu":
         keep_freed_memory()
+    if s.precision == "auto":
+        s.precision = "bf16" if has_bf16(device) else "fp32"
     model = MODELS[s.model]
     data = open_data(s.data, model.resolution)
     names = ", ".join(data.classes[:5]) + (", ..." if len(data.classes) > 5 else "")
@@ -527,14 +541,14 @@ def train(trainer, data, s):
     sums, since, started = 0, trainer.step, time.perf_counter()
     while trainer.step < s.steps and not stop:
         logged = trainer.train_step(real_batches)
-        sums = sums + torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in logged.values()])   # no waiting for the GPU
+        sums = sums + torch.stack([torch.as_tensor(value, dtype=torch.float32, device=trainer.device) for value in logged.values()])
         step, last = trainer.step, trainer.step == s.steps or stop
         if last or step % s.log_every == 0:
             means = dict(zip(logged, (sums / (step - since)).tolist()))
             seconds = (time.perf_counter() - started) / (step - since)
             entry = {"step": step, **means, "seconds_per_step": seconds, "images_per_second": s.batch / seconds}
             log.write(entry)
-            print(progress(entry, s), **(dict(end="\r") if sys.stdout.isatty() else {}), flush=True)
+            print(progress(entry, s), end="\033[K\r" if sys.stdout.isatty() else "\n", flush=True)
             stop_if_not_finite(trainer, means, s)
             sums, since, started = 0, step, time.perf_counter()
         if last or step % s.sample_every == 0:
