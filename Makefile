@@ -7,7 +7,8 @@ PYTHON ?= python3
 
 demo: .venv/ready
 	.venv/bin/python train.py --preset shapes
-	.venv/bin/python metrics.py --weights runs/shapes --data shapes --n 2000
+	.venv/bin/python metrics.py --weights runs/shapes --data shapes
+	.venv/bin/python sample.py --weights runs/shapes --class all --n 10 --out shapes.png
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q test_biggan.py

@@ -140,7 +140,9 @@ def read_checkpoint(path):
             damaged = archive.testzip()
     except FileNotFoundError:
         raise UserError(f"the checkpoint {path} does not exist") from None
-    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile, EOFError):
+    except OSError as error:
+        raise UserError(f"the checkpoint {path} cannot be read: {error.strerror}") from None
+    except Exception:                                               # zipfile raises BadZipFile and, on odd bytes, others
         raise UserError(f"{path} is not a checkpoint, or it is cut short") from None
     if damaged:
         raise UserError(f"the checkpoint {path} is damaged: the checksum of {damaged} is wrong")
@@ -199,9 +201,9 @@ def read_generator(weights=None):
     for name, tensor in state.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise UserError(f"{path} holds numbers that are not finite, in {name}; use an earlier checkpoint")
-    if len(classes) != config.n_classes:
-        raise UserError(f"{path} has {len(classes)} class names for {config.n_classes} classes")
-    G = G.requires_grad_(False).eval().to(pick_device(), memory_format=torch.channels_last)
+    if not isinstance(classes, list) or [type(name) for name in classes] != [str] * config.n_classes:
+        raise UserError(f"{path} does not name its {config.n_classes} classes: the names are {str(classes)[:80]}")
+    G = G.requires_grad_(False).eval().to(pick_device(), torch.float32, memory_format=torch.channels_last)
     G.classes, G.source = classes, str(path)
     return G
 

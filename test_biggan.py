@@ -888,7 +888,7 @@ def edited(checkpoint, change):
     (lambda c, p: torch.save(edited(c, lambda c: c["model"].update(ch=16)), p), "size mismatch"),
     (lambda c, p: torch.save(edited(c, lambda c: c["model"].update(colour="red")), p), "colour"),
     (lambda c, p: torch.save(edited(c, lambda c: c["G_ema"]["linear.bias"].fill_(math.nan)), p), "not finite, in linear.bias"),
-    (lambda c, p: torch.save(edited(c, lambda c: c["classes"].pop()), p), "9 class names for 10 classes"),
+    (lambda c, p: torch.save(edited(c, lambda c: c["classes"].pop()), p), "does not name its 10 classes"),
 ])
 def test_a_file_that_is_no_sound_checkpoint_is_refused(tiny_run, tmp_path, monkeypatch, capsys, spoil, sentence):
     monkeypatch.chdir(tmp_path)
