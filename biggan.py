@@ -1,8 +1,8 @@
 """BigGAN, every technique written out by hand.
 
 A generator G turns noise z and a class y into an image. A discriminator D looks at an image and a class and answers with one
-number: large if it believes the image is a real one of that class. D is trained to tell real from generated, G to be believed.
-When neither can improve, the generated images are distributed like the real ones.
+number: large if it believes the image is a real one of that class. D is trained to tell real from generated, G to be believed; they
+take turns (`Trainer.train_step` in train.py). When neither can improve, the generated images are distributed like the real ones.
 
 Reading order: the numbers (MODELS), then the techniques, each a few lines (spectral norm, batch norm, attention), then the two
 networks that are built from them, then what training needs (losses, orthogonal penalty, truncation, averaged weights).
@@ -10,7 +10,7 @@ networks that are built from them, then what training needs (losses, orthogonal 
 Paper: Brock, Donahue, Simonyan, "Large Scale GAN Training for High Fidelity Natural Image Synthesis", ICLR 2019,
 arXiv:1809.11096. "section 3.1", "table 4" and so on below refer to it.
 
-Shapes: N images, C channels, H x W pixels, R the image's resolution, K classes.
+Shapes: N images, C channels, H x W pixels, R the image's resolution.
 """
 
 import copy
@@ -58,8 +58,8 @@ class ModelConfig:
         return self.z_dim // len(self.g_channels) if self.skip_z else self.z_dim
 
 
-MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention in G and D, z. Tables 4 to 6; 32 and 64 from the
-            # author's PyTorch code, and so is G's attention at 256: the paper's table 5 has it at 128 pixels, 138,240 weights fewer.
+MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention in G and D, z. Tables 4 to 6. The channels of 32 and 64
+            # and G's attention at 256 are those of the author's PyTorch code; the paper's table 5 has that attention at 128x128.
             # shapes32 is ours: narrow where the pixels are many, for drawn shapes on two CPU cores.
     "shapes32":  ModelConfig(32, (4, 4, 2, 1), (1, 2, 4, 4), 3, 16, 16, 64, ch=32, n_classes=10, shared_dim=32),
     "biggan32":  ModelConfig(32, (4, 4, 4, 4), (4, 4, 4, 4), 2, 0, 0, 128, ch=64, n_classes=10),
@@ -71,30 +71,27 @@ MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention 
 
 
 # ---------------------------------------------------------------- spectral norm
-# The largest singular value sigma of a weight matrix W says how much W can stretch a vector. Dividing W by it keeps every layer
-# from stretching at all, so D cannot become arbitrarily steep; BigGAN does it in G too (section 3). sigma is found by power
-# iteration: multiplying a vector by W and W^T in turn makes its largest singular direction win. W moves little from one
-# training step to the next, so one iteration per step, started where the last one ended, is enough.
+# The largest singular value sigma of a weight matrix W says how much W can stretch a vector. Dividing W by it bounds how much a layer
+# stretches, so D cannot become arbitrarily steep; BigGAN does it in G too (section 3). sigma is found by power iteration:
+# multiplying a vector by W and W^T in turn makes the direction that W stretches most win. W moves little from one training step to
+# the next, so it is enough to remember u, that direction on the output side, and to take one more turn in every forward pass.
 
 def power_iteration(W, u, steps=1, eps=1e-12):
     """Estimate the largest singular value of W (rows, columns), starting from u (rows,).
 
     Returns sigma (a scalar through which gradients reach W), u (rows,) and v (columns,), unit vectors with u^T W v = sigma.
-    u and v count as constants: d sigma / dW = u v^T, the exact derivative once they have converged.
-    With steps=0, u stays as given and v is the direction that W^T maps it to. Source: Miyato et al. 2018, algorithm 1."""
+    u and v count as constants: d sigma / dW = u v^T, the exact derivative once they have converged. Miyato et al. 2018, algorithm 1."""
     with torch.no_grad():
-        v = F.normalize(W.T @ u, dim=0, eps=eps)
-        for step in range(steps):
+        for _ in range(steps):
+            v = F.normalize(W.T @ u, dim=0, eps=eps)
             u = F.normalize(W @ v, dim=0, eps=eps)
-            if step < steps - 1:
-                v = F.normalize(W.T @ u, dim=0, eps=eps)
     return u @ (W @ v), u, v
 
 
 class SpectralNorm:
     """Mixed into a layer with a `weight`: gives it `normalized_weight()`, the weight divided by its largest singular value."""
 
-    def remember_u(self, eps):
+    def init_u(self, eps):
         self.eps = eps
         self.register_buffer("u", F.normalize(torch.randn(self.weight.shape[0]), dim=0))
 
@@ -113,7 +110,7 @@ class SNConv2d(SpectralNorm, nn.Conv2d):
 
     def __init__(self, in_channels, out_channels, kernel, eps, bias=True):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
-        self.remember_u(eps)
+        self.init_u(eps)
 
     def forward(self, x):                                           # (N, in, H, W) -> (N, out, H, W)
         return F.conv2d(x, self.normalized_weight(), self.bias, padding=self.padding)
@@ -122,7 +119,7 @@ class SNConv2d(SpectralNorm, nn.Conv2d):
 class SNLinear(SpectralNorm, nn.Linear):
     def __init__(self, in_features, out_features, eps, bias=True):
         super().__init__(in_features, out_features, bias=bias)
-        self.remember_u(eps)
+        self.init_u(eps)
 
     def forward(self, x):                                           # (N, in) -> (N, out)
         return F.linear(x, self.normalized_weight(), self.bias)
@@ -131,7 +128,7 @@ class SNLinear(SpectralNorm, nn.Linear):
 class SNEmbedding(SpectralNorm, nn.Embedding):
     def __init__(self, n_classes, dim, eps):
         super().__init__(n_classes, dim)
-        self.remember_u(eps)
+        self.init_u(eps)
 
     def forward(self, y):                                           # (N,) labels -> (N, dim)
         return F.embedding(y, self.normalized_weight())
@@ -150,7 +147,8 @@ def four_shifted_copies(W):
 
 def upsample_conv3x3(x, W, bias):
     """Nearest-neighbour doubling, then a 3x3 convolution. x (N, in, H, W) -> (N, out, 2H, 2W)."""
-    kernel = four_shifted_copies(W.flip(2, 3)).transpose(0, 1)      # a transposed convolution reads its kernel backwards
+    # A transposed convolution reads its kernel backwards and wants it as (in, out, 4, 4).
+    kernel = four_shifted_copies(W.flip(2, 3)).transpose(0, 1)
     return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
 
 
@@ -164,8 +162,12 @@ def upsample(x):                                                    # (N, C, H, 
 
 
 # ---------------------------------------------------------------- batch norm, plain and conditional
-# Batch norm shifts and scales each channel to mean 0 and variance 1 over the batch, then to a learned bias and gain. In G the gain
-# and bias are how a layer learns which class to draw: they are linear functions of the class (and of a chunk of z).
+# Batch norm shifts and scales each channel to mean 0 and variance 1 over the batch, then to a bias and a gain. In G they are how a
+# layer learns which class to draw: linear functions of a condition c, the class vector joined with a chunk of z. D has none.
+
+def per_channel(a):                                                 # (C,) -> (1, C, 1, 1) and (N, C) -> (N, C, 1, 1)
+    return a.reshape(-1, a.shape[-1], 1, 1)
+
 
 class Moments(torch.autograd.Function):
     """Mean and variance of each channel over a batch. x (N, C, H, W) -> two (C,), float32 or better.
@@ -190,14 +192,8 @@ class Moments(torch.autograd.Function):
         return torch.addcmul(per_channel(offset).to(x.dtype), x, per_channel(slope).to(x.dtype))
 
 
-def per_channel(a):                                                 # (C,) -> (1, C, 1, 1) and (N, C) -> (N, C, 1, 1)
-    return a.reshape(-1, a.shape[-1], 1, 1)
-
-
-class BatchNorm(nn.Module):
-    """x (N, C, H, W) -> gain * (x - mean) / sqrt(var + eps) + bias, of the same shape.
-
-    In training, mean and var are the batch's, and running averages of them are kept for evaluation."""
+class Norm(nn.Module):
+    """What both batch norms share. In training the moments are the batch's, and running averages of them are kept for evaluation."""
 
     momentum = 0.1                                                  # share of the newest batch in the running averages
 
@@ -206,16 +202,9 @@ class BatchNorm(nn.Module):
         self.eps = eps
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self.make_gain_and_bias(channels)
 
-    def make_gain_and_bias(self, channels):
-        self.gain = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def gain_and_bias(self, c):
-        return self.gain, self.bias
-
-    def forward(self, x, c=None):                                   # x (N, C, H, W), c (N, condition) or None
+    def normalise(self, x, gain, bias):
+        """gain * (x - mean) / sqrt(var + eps) + bias. x (N, C, H, W); gain and bias (C,) or (N, C)."""
         if self.training:
             mean, var = Moments.apply(x)
             n = x.numel() // x.shape[1]
@@ -224,30 +213,38 @@ class BatchNorm(nn.Module):
                 self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var.dtype), self.momentum)
         else:
             mean, var = self.running_mean, self.running_var
-        gain, bias = self.gain_and_bias(c)
         scale = gain * torch.rsqrt(var + self.eps)                  # (C,) or (N, C), in float32
         shift = bias - mean * scale
         return x * per_channel(scale).to(x.dtype) + per_channel(shift).to(x.dtype)
 
 
-class ConditionalBatchNorm(BatchNorm):
-    """gain = 1 + W_g c, bias = W_b c, for a condition c (N, condition) (section 3, figure 15)."""
+class BatchNorm(Norm):
+    """Gain and bias are learned numbers, one pair per channel."""
 
-    def __init__(self, channels, condition, eps, sn_eps):
-        self.condition, self.sn_eps = condition, sn_eps
+    def __init__(self, channels, eps):
         super().__init__(channels, eps)
+        self.gain = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
-    def make_gain_and_bias(self, channels):
-        self.gain = SNLinear(self.condition, channels, self.sn_eps, bias=False)
-        self.bias = SNLinear(self.condition, channels, self.sn_eps, bias=False)
+    def forward(self, x):                                           # (N, C, H, W) -> (N, C, H, W)
+        return self.normalise(x, self.gain, self.bias)
 
-    def gain_and_bias(self, c):
-        return 1 + self.gain(c).float(), self.bias(c).float()       # both (N, C)
+
+class ConditionalBatchNorm(Norm):
+    """gain = 1 + W_g c, bias = W_b c: one pair per channel and image (section 3, figure 15)."""
+
+    def __init__(self, channels, c_dim, eps, sn_eps):
+        super().__init__(channels, eps)
+        self.gain = SNLinear(c_dim, channels, sn_eps, bias=False)
+        self.bias = SNLinear(c_dim, channels, sn_eps, bias=False)
+
+    def forward(self, x, c):                                        # (N, C, H, W), (N, c_dim) -> (N, C, H, W)
+        return self.normalise(x, 1 + self.gain(c).float(), self.bias(c).float())
 
 
 # ---------------------------------------------------------------- self-attention
 # A convolution sees 3x3 pixels. Attention lets every position look at all others: theta asks a question, phi says what a position
-# has to offer, the softmax of their products decides whom to listen to, and g is what is heard.
+# has to offer, the softmax of their products decides whom to listen to, g is what is heard, and o maps it back to C channels.
 
 class SelfAttention(nn.Module):
     """x + gamma * o(attention(x)), (N, C, H, W) -> (N, C, H, W). Zhang et al. 2019 (SAGAN), as its authors' code does it.
@@ -279,18 +276,18 @@ class SelfAttention(nn.Module):
 # pixel at a time, so it may be done before repeating pixels or after averaging them: the same result with a quarter of the work.
 
 class GBlock(nn.Module):
-    """Doubles the resolution: norm, ReLU, up-sample, conv, norm, ReLU, conv (table 4, figure 15a)."""
+    """Doubles the resolution: norm, ReLU, up-sample, conv, norm, ReLU, conv (table 4, figure 15b)."""
 
-    def __init__(self, in_channels, out_channels, condition, config):
+    def __init__(self, in_channels, out_channels, c_dim, config):
         super().__init__()
-        self.bn1 = ConditionalBatchNorm(in_channels, condition, config.bn_eps, config.sn_eps)
+        self.bn1 = ConditionalBatchNorm(in_channels, c_dim, config.bn_eps, config.sn_eps)
         self.conv1 = SNConv2d(in_channels, out_channels, 3, config.sn_eps)
-        self.bn2 = ConditionalBatchNorm(out_channels, condition, config.bn_eps, config.sn_eps)
+        self.bn2 = ConditionalBatchNorm(out_channels, c_dim, config.bn_eps, config.sn_eps)
         self.conv2 = SNConv2d(out_channels, out_channels, 3, config.sn_eps)
-        self.conv_sc = SNConv2d(in_channels, out_channels, 1, config.sn_eps)
+        self.conv_sc = SNConv2d(in_channels, out_channels, 1, config.sn_eps)        # sc: shortcut
 
-    def forward(self, x, c):                                        # (N, in, H, W), (N, condition)
-        h = F.relu(self.bn1(x, c))                                  # not in place: the shortcut needs x as it was
+    def forward(self, x, c):                                        # (N, in, H, W), (N, c_dim)
+        h = F.relu(self.bn1(x, c))                                  # (N, in, H, W)
         h = upsample_conv3x3(h, self.conv1.normalized_weight(), self.conv1.bias)    # (N, out, 2H, 2W)
         h = self.conv2(F.relu(self.bn2(h, c)))                      # (N, out, 2H, 2W)
         return h + upsample(self.conv_sc(x))                        # (N, out, 2H, 2W)
@@ -305,13 +302,13 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         channels = [m * config.ch for m in config.g_channels]
-        condition = config.shared_dim + (config.z_chunk if config.skip_z else 0)
-        # Not spectrally normalised: the author's code notes that dividing all class vectors by one number cripples G.
+        c_dim = config.shared_dim + (config.z_chunk if config.skip_z else 0)
+        # Not spectrally normalised: the author's code notes that this cripples G, for reasons unknown.
         self.shared = nn.Embedding(config.n_classes, config.shared_dim)
         # The first layer sees z alone; the class enters with the first norm. (Table 4 prints 20+128; the paper's own parameter
         # counts and published weights are those of 20.)
         self.linear = SNLinear(config.z_chunk, 4 * 4 * channels[0], config.sn_eps)
-        self.blocks = nn.ModuleList(GBlock(a, b, condition, config) for a, b in zip(channels, channels[1:]))
+        self.blocks = nn.ModuleList(GBlock(a, b, c_dim, config) for a, b in zip(channels, channels[1:]))
         sizes = [8 * 2**i for i in range(len(self.blocks))]
         self.attention_after = sizes.index(config.g_attention) if config.g_attention else None
         if config.g_attention:
@@ -322,11 +319,12 @@ class Generator(nn.Module):
 
     def forward(self, z, y):                                        # (N, z_dim), (N,) or (N, shared_dim)
         c = y if y.is_floating_point() else self.shared(y)          # (N, shared_dim)
-        chunks = z.split(self.config.z_chunk, dim=1)                # skip-z: one for the first layer and each block, else just z
+        chunks = z.split(self.config.z_chunk, dim=1)                # with skip-z many (N, z_chunk), otherwise only z itself
         h = self.linear(chunks[0]).view(len(z), -1, 4, 4)           # (N, first width, 4, 4)
         h = h.contiguous(memory_format=torch.channels_last)         # pixels outside, channels inside: faster convolutions
         for i, block in enumerate(self.blocks):
-            h = block(h, torch.cat([c, *chunks[i + 1:i + 2]], dim=1))   # (N, width i+1, 8 * 2^i, 8 * 2^i)
+            own = chunks[i + 1:i + 2]                               # this block's chunk of z; none without skip-z
+            h = block(h, torch.cat([c, *own], dim=1))               # (N, g_channels[i+1] ch, 8 * 2^i, 8 * 2^i)
             if i == self.attention_after:
                 h = self.attention(h)
         h = self.to_rgb(F.relu(self.output_norm(h)))                # (N, 3, R, R)
@@ -334,7 +332,7 @@ class Generator(nn.Module):
 
 
 class DBlock(nn.Module):
-    """ReLU, conv, ReLU, conv, average-pool (figure 15b). The first block starts from the image itself, without a ReLU."""
+    """ReLU, conv, ReLU, conv, average-pool (figure 15c). The first block starts from the image itself, without a ReLU."""
 
     def __init__(self, in_channels, out_channels, first, down, eps):
         super().__init__()
@@ -344,6 +342,7 @@ class DBlock(nn.Module):
         self.conv_sc = SNConv2d(in_channels, out_channels, 1, eps) if down or in_channels != out_channels else nn.Identity()
 
     def forward(self, x):                                           # (N, in, H, W)
+        # The ReLU is not in place: the shortcut needs x as it was.
         h = self.conv1(x if self.first else F.relu(x))              # (N, out, H, W)
         h = F.relu(h)
         if not self.down:
@@ -372,7 +371,7 @@ class Discriminator(nn.Module):
     def forward(self, x, y):                                        # (N, 3, R, R), (N,)
         h = x.contiguous(memory_format=torch.channels_last)
         for i, block in enumerate(self.blocks):
-            h = block(h)                                            # (N, width i, R / 2^(i+1), R / 2^(i+1)), then constant
+            h = block(h)                                            # (N, d_channels[i] ch, R / 2^(i+1), R / 2^(i+1)), then constant
             if i == self.attention_after:
                 h = self.attention(h)
         with torch.autocast(x.device.type, enabled=False):          # the logits in full precision
@@ -382,7 +381,7 @@ class Discriminator(nn.Module):
 
 
 def initialise(network):
-    """Orthogonal weights, zero biases (section 3): at the start no layer stretches or squashes what passes through it."""
+    """Orthogonal weights (section 3), zero biases: at the start no layer stretches or squashes what passes through it."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding)):
             nn.init.orthogonal_(module.weight)
@@ -405,7 +404,8 @@ def hinge_loss_g(fake_logits):
 def orthogonal_penalty(W, off_diagonal=True):
     """|| W W^T * (1 - I) ||_F^2, where the rows of W (out, ...) are the filters: how far filters are from right angles.
 
-    The paper (section 3.1) has filters as columns and writes W^T W. Leaving out the diagonal leaves the filters' lengths free;
+    It keeps G smooth, so that it copes with truncated noise (below), which it has not seen in training (section 3.1).
+    The paper has filters as columns and writes W^T W. Leaving out the diagonal leaves the filters' lengths free;
     off_diagonal=False gives the older form || W W^T - I ||_F^2. The factor beta is left out. Returns a scalar."""
     W = W.flatten(1)
     lengths = W.square().sum(1)                                     # squared: the diagonal of W W^T
@@ -427,10 +427,11 @@ def orthogonal_regularisation(G):
 # Three things that turn a trained G into good samples.
 
 def truncated_normal(shape, threshold=math.inf, generator=None):
-    """Standard normal noise in which no component exceeds the threshold in size (section 3.1). Returns a float32 tensor.
+    """Standard normal noise in which no component exceeds the threshold in size: less variety, better images (section 3.1).
 
     The paper draws again whatever lies outside. Pushing uniform numbers through the inverse of the truncated normal's cumulative
-    function gives the same distribution without a loop, and one seed then gives the same noise, only tamer, at any threshold."""
+    function gives the same distribution without a loop, and one seed then gives the same noise, only tamer, at any threshold.
+    Returns a float32 tensor."""
     if not threshold > 0:
         raise ValueError(f"the truncation threshold must be above 0, not {threshold}")
     inside = math.erf(threshold / math.sqrt(2))                     # the share of a normal distribution within the threshold
@@ -464,7 +465,7 @@ def standing_statistics(G, batches=100, batch_size=64, truncation=math.inf, seed
     The averages that training leaves behind lag behind the weights, and they belong to untruncated noise: truncated noise has other
     moments, and samples drawn with the wrong ones are washed out. Classes are drawn uniformly. Leaves G in eval mode."""
     device = next(G.parameters()).device
-    norms = [m for m in G.eval().modules() if isinstance(m, BatchNorm)]
+    norms = [m for m in G.eval().modules() if isinstance(m, Norm)]
     generator = torch.Generator().manual_seed(seed)
     for norm in norms:
         norm.training = True                                        # of the norm alone: the layers inside it stay in eval mode
@@ -475,5 +476,5 @@ def standing_statistics(G, batches=100, batch_size=64, truncation=math.inf, seed
         y = torch.randint(G.config.n_classes, (batch_size,), generator=generator)
         G(z.to(device), y.to(device))
     for norm in norms:
-        norm.momentum = BatchNorm.momentum
+        norm.momentum = Norm.momentum
     return G.eval()

@@ -45,7 +45,7 @@ def option(default, help):
 
 @dataclass
 class Settings:
-    """Every setting of a run, its default (the paper's ImageNet run at 128x128) and what it does."""
+    """Every setting of a run, its default (the paper's ImageNet run at 128x128; ema_start is the author's code's) and what it does."""
     preset: str = option("imagenet128", "a named set of values for the options below")
     data: str = option(None, "folder with one sub-folder of images per class, or 'shapes'")
     out: str = option(None, "run folder (default: runs/PRESET)")
@@ -62,7 +62,7 @@ class Settings:
     ortho: float = option(1e-4, "beta, the weight of orthogonal regularisation on G")
     ema: float = option(0.9999, "decay of the averaged generator")
     ema_start: int = option(20_000, "step from which G is averaged; before it the average follows G")
-    flip: int = option(1, "1 mirrors every other real image, drawn anew each epoch; 0 never does")
+    flip: int = option(1, "1 mirrors each real image with probability 1/2; 0 never does")
     precision: str = option("auto", "fp32, bf16 (autocast), or auto: bf16 where the hardware has it")
     seed: int = option(0, "of weights, noise and data order")
     workers: int = option(None, "processes that decode images (default: 8 beside a GPU, 0 on a CPU)")
