@@ -1036,11 +1036,13 @@ def check_the_demos_samples_are_the_shapes_that_were_asked_for():
         correct = {name: (judge(to_input(images)).argmax(1) == labels).double() for name, images in (("real", real), ("fake", fake))}
     agreement = {name: c.mean().item() for name, c in correct.items()}
     distance = {name: np.mean(list(metrics.pyramid_distances(real, images).values())) for name, images in
-                (("fake", fake), ("untrained", sample.draw(untrained, labels.tolist(), range(n))))}
+                (("fake", fake), ("untrained", sample.draw(untrained, labels.tolist(), range(n))),
+                 ("real", metrics.load_images("shapes", 32, n, seed=1)))}
     (real_mean, real_spread), (fake_mean, fake_spread) = metrics.mean_colours(real), metrics.mean_colours(fake)
     print(f"\nagreement: drawn shapes {agreement['real']:.1%}, samples {agreement['fake']:.1%}; per class "
           + ", ".join(f"{name} {correct['fake'][k::10].mean():.0%}" for k, name in enumerate(data.classes)))
-    print(f"sliced Wasserstein distance: samples {distance['fake']:.4f}, untrained generator {distance['untrained']:.4f}")
+    print(f"sliced Wasserstein distance x 1000: other drawn shapes {1000 * distance['real']:.1f}, samples {1000 * distance['fake']:.1f}, "
+          f"untrained generator {1000 * distance['untrained']:.1f}")
     print(f"mean colour, samples / drawn: {(fake_mean / real_mean).round(2)}; its spread: {(fake_spread / real_spread).round(2)}")
     assert agreement["real"] > 0.99 and agreement["fake"] >= 0.9
     assert distance["fake"] < distance["untrained"] / 3
