@@ -13,6 +13,7 @@ Reading order: distances between distributions, the Laplacian pyramid, the comma
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image
 from biggan import standing_statistics
 from sample import (STANDING_BATCHES, Parser, UserError, at_least_one, check_output, draw, positive, read_generator, run,
                     save_atomically, seed_number, warn)
-from train import Shapes, load_image
+from train import Shapes, is_image, load_image
 
 
 # ---------------------------------------------------------------- distances between distributions
@@ -137,9 +138,8 @@ def mean_colours(images):
 def find_images(source):
     """All image files in a folder and the folders below it, in sorted order."""
     if not Path(source).is_dir():
-        raise UserError(f"the image folder {source} does not exist")
-    known = Image.registered_extensions()
-    paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in known and not p.name.startswith("."))
+        raise UserError(f"the image folder {source} does not exist or is a file")
+    paths = sorted(Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names if is_image(name))
     if not paths:
         raise UserError(f"{source} holds no images")
     return paths
@@ -159,13 +159,22 @@ def load_images(source, resolution, n, seed):
         except Exception as reason:                                 # Pillow raises whatever its decoders do
             warn(f"skipped {paths[i]}: {reason}")
     if len(images) < n:
-        raise UserError(f"{source} has {len(images)} readable images, fewer than --n {n}")
+        raise UserError(f"{source} has {len(images)} readable images, fewer than --n {n}; pass --n {len(images)}")
     return np.stack(images)
 
 
-def image_side(path):
-    with Image.open(path) as image:
-        return min(image.size)
+def common_side(source):
+    """The largest power of two that the first readable image of a folder is not smaller than."""
+    for path in find_images(source):
+        try:
+            with Image.open(path) as image:
+                side = min(image.size)
+        except Exception:                                           # load_images will name it
+            continue
+        if side < 16:
+            raise UserError(f"{path} is smaller than 16 pixels, too small for these scores")
+        return 2**int(math.log2(side))
+    raise UserError(f"{source} holds no readable image")
 
 
 def main(arguments):
@@ -180,15 +189,15 @@ def main(arguments):
     args = parser.parse_args(arguments)
     if not args.data:
         parser.error("--data DIR, the folder of real images to compare with, is missing")
-    if args.fake and args.weights:
-        parser.error("--fake and --weights exclude each other: score a folder or a generator")
+    if args.fake and (args.weights or args.trunc < math.inf):
+        parser.error("--fake excludes --weights and --trunc: score a folder or a generator")
     if args.n < 2:
         parser.error("--n must be at least 2, since a distribution is compared")
     out = check_output(args.out, ".json")
 
     if args.fake:
         source = args.fake
-        resolution = 32 if source == "shapes" else image_side(find_images(source)[0])
+        resolution = 32 if source == "shapes" else common_side(source)
         real = load_images(args.data, resolution, args.n, args.seed)
         fake = load_images(source, resolution, args.n, args.seed)
     else:

@@ -17,6 +17,8 @@ import argparse
 import difflib
 import math
 import os
+import pickle
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -41,6 +43,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def parse_args(self, arguments):
+        if "" in arguments:
+            self.error("one of the values is empty; is a shell variable not set?")
         parsed, unknown = self.parse_known_args(arguments)
         if unknown:
             name = unknown[0].split("=")[0]
@@ -53,11 +57,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Run a command: a UserError becomes one line on stderr and exit status 2."""
+    """Run a command: a UserError, or a file that cannot be read or written, becomes one line on stderr and exit status 2."""
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}; free or choose another", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -137,51 +144,60 @@ def read_checkpoint(path):
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:                      # torch's format is a zip archive, with a checksum per entry
-            damaged = archive.testzip()
-    except FileNotFoundError:
-        raise UserError(f"the checkpoint {path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"the checkpoint {path} cannot be read: {error.strerror}") from None
+            damaged, foreign = archive.testzip(), not any(name.endswith("data.pkl") for name in archive.namelist())
+    except OSError:                                                 # unreadable is not damaged: `run` reports it
+        raise
     except Exception:                                               # zipfile raises BadZipFile and, on odd bytes, others
-        raise UserError(f"{path} is not a checkpoint, or it is cut short") from None
+        raise UserError(f"{path} is not a checkpoint, or it is cut short; use another one") from None
+    if foreign:
+        raise UserError(f"{path} is a zip archive but not a checkpoint; use another one")
     if damaged:
-        raise UserError(f"the checkpoint {path} is damaged: the checksum of {damaged} is wrong")
+        raise UserError(f"the checkpoint {path} is damaged: the checksum of {damaged} is wrong; use another one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:                                               # torch names several; what they have in common is a refusal
+    except pickle.UnpicklingError:
         raise UserError(f"{path} holds something other than tensors and plain values; "
                         "it was not loaded, since it could run code") from None
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise UserError(f"{path} is not a checkpoint that torch can load: {str(error).splitlines()[0]}") from None
     if not isinstance(checkpoint, dict) or not {"step", "model", "classes", "G_ema"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks step, model, classes or G_ema")
     return checkpoint
 
 
+def checkpoints_of(run_folder):
+    """Paths of a run's checkpoints, oldest first. Other files in the folder are none of our business."""
+    return sorted(Path(run_folder, "checkpoints").glob("step-" + 8 * "[0-9]" + ".pt"))
+
+
 def newest_checkpoint(run_folder):
     """The newest undamaged checkpoint of a run and its path, or (None, None) if there is none yet. Warns of damaged ones."""
-    paths = sorted(Path(run_folder, "checkpoints").glob("*.pt"), reverse=True)
-    for path in paths:
+    paths = checkpoints_of(run_folder)
+    for path in reversed(paths):
         try:
             return read_checkpoint(path), path
         except UserError as error:
             warn(f"{error}; trying the one before")
     if paths:
-        raise UserError(f"all {len(paths)} checkpoints in {run_folder} are damaged; delete the folder to start over")
+        raise UserError(f"all {len(paths)} checkpoints in {run_folder} are damaged; restore one, or start anew in another folder")
     return None, None
 
 
 def find_checkpoint(weights):
     """weights: a run folder, a checkpoint, or None for the newest run in runs/. Returns the checkpoint and its path."""
     if weights is None:
-        runs = sorted(Path("runs").glob("*/checkpoints/*.pt"), key=lambda p: p.stat().st_mtime)
+        runs = sorted(Path("runs").glob("*/checkpoints/step-*.pt"), key=lambda p: p.stat().st_mtime)
         if not runs:
             raise UserError("there is no trained run in runs/ yet; train one (python train.py --preset shapes) "
                             "or pass --weights RUN_DIR or CHECKPOINT")
         weights = runs[-1].parent.parent
-    if not Path(weights).is_dir():
+    if Path(weights).is_file():
         return read_checkpoint(weights), Path(weights)
+    if not Path(weights).is_dir():
+        raise UserError(f"{weights} does not exist; --weights needs a run folder or a checkpoint")
     checkpoint, path = newest_checkpoint(weights)
     if checkpoint is None:
-        raise UserError(f"{weights} is not a run folder with checkpoints; train.py makes one")
+        raise UserError(f"{weights} is not a run folder, which has a folder checkpoints/ with at least one in it")
     return checkpoint, path
 
 
@@ -249,11 +265,11 @@ def class_indices(wanted, classes):
     lower = [name.lower() for name in classes]
     indices = []
     for text in wanted:
-        if text == "all":
+        if text.lower() == "all":
             indices += range(len(classes))
         elif text.lower() in lower:
             indices.append(lower.index(text.lower()))
-        elif text.lstrip("-").isdigit():
+        elif re.fullmatch("-?[0-9]+", text):
             if not 0 <= int(text) < len(classes):
                 raise UserError(f"there is no class {text}; this model has classes 0 to {len(classes) - 1}")
             indices.append(int(text))
@@ -280,6 +296,8 @@ def main(arguments):
     G = read_generator(args.weights)
     classes = class_indices(args.classes, G.classes)
     standing_statistics(G, STANDING_BATCHES, truncation=args.trunc)
+    if len(classes) * args.n > 10_000:
+        raise UserError(f"{len(classes)} classes x {args.n} images do not fit into one picture; ask for 10,000 images at most")
     labels = [label for label in classes for _ in range(args.n)]
     seeds = [args.seed + i for _ in classes for i in range(args.n)]
     images = draw(G, labels, seeds, args.trunc)

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -792,8 +793,30 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1                                     # one bit, somewhere in the weights
     path.write_bytes(content)
-    checkpoint, path = sample.newest_checkpoint(tmp_path / "r")
+    checkpoint, _ = sample.newest_checkpoint(tmp_path / "r")
     assert checkpoint["step"] == 2 and "step-00000004.pt is damaged" in capsys.readouterr().err
+    (tmp_path / "r" / "checkpoints" / "best.pt").write_text("the user's own")
+    with open(tmp_path / "r" / "log.jsonl", "a") as log:
+        log.write("\x00 half a line\n")
+    start(*TINY, "--out", tmp_path / "r", "--steps", 3, "--keep", 1)    # what is damaged neither counts as newest nor is in the way
+    assert sorted(p.name for p in path.parent.iterdir()) == ["best.pt", "step-00000003.pt", "step-00000004.damaged"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()] == [2, 3]
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    first = run_command("train.py", *TINY, "--out", tmp_path / "r", "--steps", 10_000)
+    while not sample.checkpoints_of(tmp_path / "r"):
+        time.sleep(0.01)
+    second = run_command("train.py", *TINY, "--out", tmp_path / "r", "--steps", 10_000)
+    error = second.communicate()[1]
+    first.kill(), first.communicate()
+    assert second.returncode == 2 and "another process is training" in error
+
+
+def test_a_first_attempt_that_saved_nothing_is_not_in_the_way(tmp_path):
+    with pytest.raises(SystemExit, match="no longer finite"):
+        start(*TINY, "--out", tmp_path / "r", "--steps", 4, "--g-lr", "1e38", "--save-every", 4, "--log-every", 4)
+    start(*TINY, "--out", tmp_path / "r", "--steps", 2)
 
 
 def test_a_failing_save_costs_a_warning_and_no_older_checkpoint(tmp_path, capsys, monkeypatch):
@@ -808,6 +831,9 @@ def test_a_failing_save_costs_a_warning_and_no_older_checkpoint(tmp_path, capsys
     assert "could not be written" in capsys.readouterr().err
     monkeypatch.undo()
     assert sample.newest_checkpoint(tmp_path / "r")[0]["step"] == 2 and not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="step 3 is not saved"):
+        start(*TINY, "--out", tmp_path / "r", "--steps", 3)
 
 
 def test_a_run_that_has_become_nan_stops_and_keeps_its_checkpoints(tmp_path):
@@ -858,7 +884,7 @@ def test_metrics_scores_a_run_at_every_level(tiny_run, tmp_path):
     result = json.loads((tmp_path / "m.json").read_text())
     assert set(result["swd_x1000"]) == {"32", "16"} and result["n"] == 50 and result["swd_x1000_mean"] > 0
     for i in range(3):
-        picture(tmp_path / "images", f"{i}.png", size=(32, 32), colour=(i, i, 200))
+        picture(tmp_path / "images", f"{i}.png", size=(45, 37), colour=(i, i, 200))
     start("--fake", tmp_path / "images", "--real", tmp_path / "images", "--n", 3, "--out", tmp_path / "n.json", module=metrics)
     assert json.loads((tmp_path / "n.json").read_text())["real_colour"]["mean"] == [1, 1, 200]
 
@@ -925,7 +951,8 @@ def test_a_folder_with_other_things_is_not_used_as_run_folder(tmp_path, monkeypa
     (tmp_path / "thesis.txt").write_text("precious")
     assert "is not empty" in refused(monkeypatch, capsys, train, *TINY, "--out", tmp_path)
     (tmp_path / "file").write_text("")
-    assert "cannot be made" in refused(monkeypatch, capsys, train, *TINY, "--out", tmp_path / "file" / "run")
+    assert "is a file" in refused(monkeypatch, capsys, train, *TINY, "--out", tmp_path / "file")
+    assert "Not a directory" in refused(monkeypatch, capsys, train, *TINY, "--out", tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize("arguments, sentence", [
@@ -943,6 +970,8 @@ def test_a_folder_with_other_things_is_not_used_as_run_folder(tmp_path, monkeypa
     (["--out", "nowhere/a.png"], "the folder nowhere for the output a.png does not exist"),
     (["--out", "a.jpeg"], "must end in .png"),
     (["--weights", "nothing.pt"], "nothing.pt does not exist"),
+    (["--weights", ""], "one of the values is empty"),
+    (["--n", "1001"], "10,000 images at most"),
     (["--wieghts", "x"], "did you mean --weights?"),
 ])
 def test_a_wrong_request_for_samples_is_refused(tiny_run, tmp_path, monkeypatch, capsys, arguments, sentence):
@@ -974,6 +1003,7 @@ def edited(checkpoint, change):
     (lambda c, p: p.write_text("hello"), "not a checkpoint, or it is cut short"),
     (lambda c, p: (torch.save(c, p), os.truncate(p, p.stat().st_size // 2)), "not a checkpoint, or it is cut short"),
     (lambda c, p: torch.save({**c, "extra": Trap()}, p), "could run code"),
+    (lambda c, p: zipfile.ZipFile(p, "w").close(), "a zip archive but not a checkpoint"),
     (lambda c, p: torch.save([1, 2], p), "not a checkpoint of train.py"),
     (lambda c, p: torch.save(edited(c, lambda c: c["G_ema"].pop("linear.bias")), p), "Missing key.*linear.bias"),
     (lambda c, p: torch.save(edited(c, lambda c: c["model"].update(ch=16)), p), "size mismatch"),
@@ -991,7 +1021,7 @@ def test_a_file_that_is_no_sound_checkpoint_is_refused(tiny_run, tmp_path, monke
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["--fake", "a", "--real", "b"], "the image folder a does not exist"),
-    (["--fake", "a", "--weights", "b", "--real", "c"], "exclude each other"),
+    (["--fake", "a", "--weights", "b", "--real", "c"], "--fake excludes --weights"),
     ([], "--data DIR, the folder of real images to compare with, is missing"),
     (["--data", "shapes", "--n", "1"], "at least 2"),
 ])

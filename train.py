@@ -17,9 +17,11 @@ Reading order: settings and presets, data, one training step, checkpoints, the l
 import copy
 import ctypes
 import dataclasses
+import fcntl
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -33,8 +35,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 from biggan import (EMA, MODELS, Discriminator, Generator, hinge_loss_d, hinge_loss_g, orthogonal_regularisation,
                     standing_statistics, truncated_normal)
-from sample import (STANDING_BATCHES, Parser, UserError, draw, image_grid, newest_checkpoint, pick_device, run, save_atomically,
-                    warn)
+from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw, image_grid, newest_checkpoint, pick_device, run,
+                    save_atomically, warn)
 
 
 # ---------------------------------------------------------------- settings
@@ -124,6 +126,9 @@ def parse_settings(arguments):
 
 
 # ---------------------------------------------------------------- data
+
+Image.MAX_IMAGE_PIXELS = None                                       # these are the user's own files: any size is meant
+
 
 def circle(radius=1.0, x=0.0, y=0.0, corners=48):
     angle = np.linspace(0, 2 * np.pi, corners, endpoint=False)
@@ -236,9 +241,13 @@ class ImageFolder:
 
 
 def images_in(folder):
-    known = Image.registered_extensions()
     with os.scandir(folder) as entries:
-        return sorted(Path(e.path) for e in entries if Path(e.name).suffix.lower() in known and not e.name.startswith("."))
+        return sorted(Path(e.path) for e in entries if is_image(e.name) and e.is_file())
+
+
+def is_image(name, known=Image.registered_extensions()):
+    """Whether a file of this name is one that Pillow opens (it also registers some that it only writes)."""
+    return known.get(Path(name).suffix.lower()) in Image.OPEN and not name.startswith(".")
 
 
 def why_no_classes(root, folders):
@@ -254,6 +263,8 @@ def why_no_classes(root, folders):
 def load_image(path, resolution):
     """Any image file -> (R, R, 3) uint8: the centre square along the long edge, area-averaged down to R (appendix C)."""
     with Image.open(path) as image:
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, of which nobody knows what is white")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or image.mode == "I":      # 16-bit grey, which Pillow would clip to white
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
@@ -410,32 +421,47 @@ def has_bf16(device):
 
 # ---------------------------------------------------------------- a run and its folder
 
-def open_run(s, data, config):
-    """Create the run folder, or check that it holds a run with the same settings. Returns the checkpoint to continue from, or None."""
+def open_run(s, described):
+    """Make the run folder, or check that it holds a run with the same settings. Returns the checkpoint to continue from, or None."""
     out = Path(s.out)
-    described = {**dataclasses.asdict(s), "images": len(data), "classes": data.classes, "architecture": plain(config)}
-    if (out / "config.json").exists():
-        try:
-            before = json.loads((out / "config.json").read_text())
-        except ValueError:
-            raise UserError(f"{out}/config.json cannot be read; delete {out} or choose another --out") from None
-        differences = [f"{name} was {short(before.get(name))} and is now {short(value)}" for name, value in described.items()
-                       if name not in FREE_TO_CHANGE and before.get(name) != value]
-        if differences:
-            raise UserError(f"{out} holds a run with other settings: {'; '.join(differences)}. "
-                            "Repeat them to continue that run, or choose another --out")
-    elif out.exists() and any(out.iterdir()):
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --out")
+    if checkpoints_of(out):
+        refuse_differences(out, described)
+    elif not (out / "config.json").exists() and any(p.is_file() for p in out.rglob("*") if p.name != "lock"):
         raise UserError(f"{out} is not empty and holds no run; choose another --out")
     for folder in "checkpoints", "samples":
-        try:
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"the run folder {out} cannot be made: {error.strerror}; choose another --out") from None
-    for leftover in (out / "checkpoints").glob("*.tmp"):            # of a process that was killed while saving
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    lock_run(out)
+    for leftover in (out / "checkpoints").glob("step-*.tmp"):       # of a process that was killed while saving
         leftover.unlink()
     checkpoint, path = newest_checkpoint(out)
-    save_atomically(out / "config.json", lambda f: f.write(json.dumps(described, indent=1).encode()))
+    for damaged in checkpoints_of(out):
+        if checkpoint and damaged > path:                           # passed over: out of the way of what will be saved
+            damaged.rename(damaged.with_suffix(".damaged"))
     return checkpoint
+
+
+def refuse_differences(out, described):
+    try:
+        before = dict(json.loads((out / "config.json").read_text()))
+    except (ValueError, TypeError, FileNotFoundError):
+        raise UserError(f"{out} has checkpoints but no readable config.json; restore it or choose another --out") from None
+    differences = [f"{name} was {short(before.get(name))} and is now {short(value)}" for name, value in described.items()
+                   if name not in FREE_TO_CHANGE and before.get(name) != value]
+    if differences:
+        raise UserError(f"{out} holds a run with other settings: {'; '.join(differences)}. "
+                        "Repeat them to continue that run, or choose another --out")
+
+
+def lock_run(out):
+    """Keep a second process from training into the same folder. The lock goes when the process does, however it ends."""
+    global lock                                                     # closing the file would give up the lock
+    lock = open(out / "lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another process is training in {out}; stop it or choose another --out") from None
 
 
 def plain(config):
@@ -448,12 +474,14 @@ def short(value):
 
 
 @contextmanager
-def surviving(what):
+def surviving(path):
     """A full disk or a folder that has become unwritable costs a warning, not the run."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except (OSError, RuntimeError) as error:                        # torch reports a failed write as a RuntimeError
-        warn(f"{what} could not be written ({error}); training goes on")
+    except (OSError, RuntimeError) as error:                        # torch reports a failed write as a RuntimeError of its own
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        warn(f"{path} could not be written ({reason}); the run goes on without it")
 
 
 class Log:
@@ -461,9 +489,15 @@ class Log:
 
     def __init__(self, path, step):
         self.path = path
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        save_atomically(path, lambda f: f.write("".join(kept).encode()))
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        save_atomically(path, lambda f: f.writelines(line for line in lines if self.step_of(line) <= step))
+
+    @staticmethod
+    def step_of(line):
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):                   # cut off by a kill or a full disk
+            return math.inf
 
     def write(self, entry):
         with surviving(self.path), open(self.path, "a") as f:
@@ -471,14 +505,16 @@ class Log:
 
 
 def save_checkpoint(trainer, classes, s):
-    """Write the state and, once that has succeeded, delete all but the newest few."""
-    folder = Path(s.out, "checkpoints")
-    path = folder / f"step-{trainer.step:08d}.pt"
+    """Write the state and, once that has succeeded, delete all but the newest few. Returns whether it has."""
+    stop_if_not_finite(trainer, {}, s)
+    path = Path(s.out, "checkpoints", f"step-{trainer.step:08d}.pt")
     content = {"model": plain(trainer.config), "classes": classes, **trainer.state()}
     with surviving(path):
         save_atomically(path, lambda f: torch.save(content, f))
-        for old in sorted(folder.glob("*.pt"))[:-s.keep]:
+        for old in checkpoints_of(s.out)[:-s.keep]:
             old.unlink()
+        return True
+    return False
 
 
 def save_samples(trainer, s, rows=16, columns=10):
@@ -520,47 +556,56 @@ def main(arguments):
     names = ", ".join(data.classes[:5]) + (", ..." if len(data.classes) > 5 else "")
     print(f"{s.data}: {len(data):,} images in {len(data.classes)} classes: {names}")
     config = dataclasses.replace(model, ch=s.ch, n_classes=len(data.classes))
-    checkpoint = open_run(s, data, config)
+    described = {**plain(config), **dataclasses.asdict(s), "images": len(data), "classes": data.classes}
+    checkpoint = open_run(s, described)
     trainer = Trainer(s, config, device)
     if checkpoint:
         trainer.load_state(checkpoint)
         print(f"continuing {s.out} from step {trainer.step}")
     if trainer.step >= s.steps:
-        print(f"{s.out} has its {s.steps} steps; a larger --steps trains on, another --out starts anew")
+        print(f"{s.out} has {trainer.step} steps already; a larger --steps trains on, another --out starts anew")
     else:
+        save_atomically(Path(s.out, "config.json"), lambda f: f.write(json.dumps(described, indent=1).encode()))
         train(trainer, data, s)
 
 
 def train(trainer, data, s):
     """The loop: steps, a line of progress, log, samples, checkpoints; until the steps are done or a signal asks to stop."""
     stop = []
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, frame: stop.append(number))
+
+    def ask_to_stop(number, frame):
+        stop.append(number)
+        print("\nstopping after this step", flush=True)
+
+    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        signal.signal(number, ask_to_stop)
     log = Log(Path(s.out, "log.jsonl"), trainer.step)
     real_batches = batches(data, s, trainer.step, trainer.device)
     sums, since, started = 0, trainer.step, time.perf_counter()
+    saved = trainer.step                                            # the newest step that is on the disk
     while trainer.step < s.steps and not stop:
         logged = trainer.train_step(real_batches)
         sums = sums + torch.stack([torch.as_tensor(value, dtype=torch.float32, device=trainer.device) for value in logged.values()])
-        step, last = trainer.step, trainer.step == s.steps or stop
+        step, last = trainer.step, trainer.step == s.steps
         if last or step % s.log_every == 0:
             means = dict(zip(logged, (sums / (step - since)).tolist()))
+            stop_if_not_finite(trainer, means, s)
             seconds = (time.perf_counter() - started) / (step - since)
             entry = {"step": step, **means, "seconds_per_step": seconds, "images_per_second": s.batch / seconds}
             log.write(entry)
             print(progress(entry, s), end="\033[K\r" if sys.stdout.isatty() else "\n", flush=True)
-            stop_if_not_finite(trainer, means, s)
             sums, since, started = 0, step, time.perf_counter()
+        if (last or step % s.save_every == 0) and save_checkpoint(trainer, data.classes, s):
+            saved = step
         if last or step % s.sample_every == 0:
             grid = save_samples(trainer, s)
-        if last or step % s.save_every == 0:
-            stop_if_not_finite(trainer, {}, s)
-            save_checkpoint(trainer, data.classes, s)
     print()
-    if stop:
+    if trainer.step > saved and not save_checkpoint(trainer, data.classes, s):
+        raise SystemExit(f"error: step {trainer.step} is not saved, see above; make room, then the same command continues")
+    if trainer.step < s.steps:
         print(f"stopped at step {trainer.step}; the same command continues")
     else:
-        print(f"done: {trainer.step} steps\nsamples: {grid}\nmore:    python sample.py --weights {s.out}")
+        print(f"done: {trainer.step} steps\nsamples: {grid}\nmore:    python sample.py --weights {shlex.quote(s.out)}")
 
 
 def stop_if_not_finite(trainer, means, s):
@@ -569,8 +614,8 @@ def stop_if_not_finite(trainer, means, s):
     bad += [f"{network}.{name}" for network in ("G", "D") for name, p in getattr(trainer, network).named_parameters()
             if not p.isfinite().all()]
     if bad:
-        raise SystemExit(f"\nstopped at step {trainer.step}: {bad[0]} is no longer finite. The checkpoints in {s.out}/checkpoints are "
-                         "from before; start a new run from smaller learning rates")
+        raise SystemExit(f"error: training has diverged at step {trainer.step}: {bad[0]} is no longer finite. Nothing of it was saved; "
+                         f"checkpoints in {s.out} are from before. Start a new run with smaller learning rates or penalties")
 
 
 if __name__ == "__main__":
