@@ -490,7 +490,7 @@ class Log:
     def __init__(self, path, step):
         self.path = path
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        save_atomically(path, lambda f: f.writelines(line for line in lines if self.step_of(line) <= step))
+        save_atomically(path, lambda f: f.writelines(line for line in lines if line.endswith(b"\n") and self.step_of(line) <= step))
 
     @staticmethod
     def step_of(line):
@@ -560,6 +560,8 @@ def main(arguments):
     checkpoint = open_run(s, described)
     trainer = Trainer(s, config, device)
     if checkpoint:
+        if missing := trainer.parts().keys() - checkpoint.keys():
+            raise UserError(f"the newest checkpoint in {s.out} cannot be continued: it lacks {', '.join(missing)}; choose another --out")
         trainer.load_state(checkpoint)
         print(f"continuing {s.out} from step {trainer.step}")
     if trainer.step >= s.steps:
@@ -575,10 +577,11 @@ def train(trainer, data, s):
 
     def ask_to_stop(number, frame):
         stop.append(number)
-        print("\nstopping after this step", flush=True)
+        os.write(2, b"\nstopping after this step\n")               # print could be interrupted within a print
 
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-        signal.signal(number, ask_to_stop)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:      # nohup means: go on
+            signal.signal(number, ask_to_stop)
     log = Log(Path(s.out, "log.jsonl"), trainer.step)
     real_batches = batches(data, s, trainer.step, trainer.device)
     sums, since, started = 0, trainer.step, time.perf_counter()
