@@ -579,7 +579,7 @@ def test_any_mode_and_size_becomes_an_rgb_square(tmp_path):
 
 def test_transparency_shows_white_and_16_bit_grey_keeps_its_value(tmp_path):
     assert (train.load_image(picture(tmp_path, "a.png", "RGBA", colour=(0, 0, 0, 0)), 8) == 255).all()
-    Image.fromarray(np.full((9, 9), 257 * 100, np.uint16)).save(tmp_path / "b.png")
+    Image.fromarray(np.full((9, 9), 257 * 100 + 28, np.uint16)).save(tmp_path / "b.png")
     assert (train.load_image(tmp_path / "b.png", 8) == 100).all()
 
 
@@ -684,6 +684,7 @@ def test_a_step_is_two_updates_of_d_one_of_g_and_one_of_the_average():
         adam[D].zero_grad()
         (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()).backward()
         adam[D].step()
+    d_grads = [p.grad.clone() for p in D.parameters()]
     z, y = noise[0]
     loss = -D(G(z, y), y).mean()
     penalty = sum(((W.flatten(1) @ W.flatten(1).T) * (1 - torch.eye(len(W)))).square().sum()
@@ -692,6 +693,9 @@ def test_a_step_is_two_updates_of_d_one_of_g_and_one_of_the_average():
     (loss + beta * penalty).backward()
     adam[G].step()
     close(logged["G_loss"], loss.detach(), 1e-4), close(logged["ortho"], penalty.detach(), 1e-2, 1e-4)
+    for p, grad in zip(t.D.parameters(), d_grads):                      # G's step has added nothing to D's gradients
+        close(p.grad, grad, 1e-4, 1e-4)
+    assert not torch.equal(next(t.noise(1))[0], noise[1][0])            # the next step draws other noise
     # Adam's first step is the sign of the gradient: where that is zero but for rounding, the sign is chance.
     for name, p in t.D.named_parameters():
         close(p, D.get_parameter(name), 1e-5)
