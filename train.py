@@ -254,9 +254,9 @@ def why_no_classes(root, folders):
     """The sentence for a folder without class folders that hold images."""
     if images_in(root):
         return f"{root} holds images but no class folders; move them into one sub-folder per class"
-    for d in folders:
-        if any(images_in(sub) for sub in d.iterdir() if sub.is_dir()):
-            return f"{root} is one folder too high: the classes seem to be in {d}; pass --data {d}"
+    deeper = [str(d) for d in folders if any(images_in(sub) for sub in d.iterdir() if sub.is_dir())]
+    if deeper:
+        return f"{root} is one folder too high, the classes seem to be one level down; pass --data {' or --data '.join(deeper)}"
     return f"{root} holds no images; --data needs a folder with one sub-folder of images per class"
 
 
