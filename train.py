@@ -178,7 +178,7 @@ class Shapes:
     def __getitem__(self, i):
         """-> (R, R, 3) uint8, label."""
         label, rng = i % len(SHAPES), np.random.default_rng(i)
-        R, fine = self.resolution, 4 * self.resolution              # drawn four times too large, then averaged down
+        fine = 4 * self.resolution                                  # drawn four times too large, then averaged down
         angle, radius = rng.uniform(-0.2, 0.2), rng.uniform(0.28, 0.40)
         turn = radius * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
         place = rng.uniform(0.44, 0.56, 2)
