@@ -295,9 +295,9 @@ def main(arguments):
     out = check_output(args.out)
     G = read_generator(args.weights)
     classes = class_indices(args.classes, G.classes)
-    standing_statistics(G, STANDING_BATCHES, truncation=args.trunc)
     if len(classes) * args.n > 10_000:
         raise UserError(f"{len(classes)} classes x {args.n} images do not fit into one picture; ask for 10,000 images at most")
+    standing_statistics(G, STANDING_BATCHES, truncation=args.trunc)
     labels = [label for label in classes for _ in range(args.n)]
     seeds = [args.seed + i for _ in classes for i in range(args.n)]
     images = draw(G, labels, seeds, args.trunc)

@@ -206,11 +206,8 @@ class ImageFolder:
         if not root.is_dir():
             raise UserError(f"the data folder {root} does not exist" if not root.exists() else
                             f"{root} is a file; --data needs a folder with one sub-folder of images per class")
-        try:
-            folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-            files = {d: images_in(d) for d in folders}
-        except OSError as error:
-            raise UserError(f"the data folder {error.filename} cannot be read: {error.strerror}") from None
+        folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+        files = {d: images_in(d) for d in folders}
         if not any(files.values()):
             raise UserError(why_no_classes(root, folders))
         for d in folders:
