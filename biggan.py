@@ -36,8 +36,12 @@ class ModelConfig:
     z_dim: int                      # length of the noise vector
     ch: int = 96                    # the width everything is a multiple of
     n_classes: int = 1000
-    shared_dim: int = 128           # length of the class vector that all layers of G share
+    shared_dim: int = 128           # length of the class vector that all layers of G share; 0: every layer has a class table
     skip_z: bool = True             # cut z into equal chunks: one for the first layer, one for each block (section 3)
+    deep: bool = False              # BigGAN-deep: bottleneck blocks, two per resolution; all of z goes to every block (appendix B)
+    d_wide: bool = True             # D's blocks widen in their first convolution; SN-GAN's widen in the second
+    g_sn: bool = True               # spectral norm in G too; SN-GAN has it in D alone
+    rgb_filters: int = 3            # of G's last convolution; the first three make the image
     sn_eps: float = 1e-4            # the paper's value for low precision, in spectral norm ...
     bn_eps: float = 1e-4            # ... and in batch norm (appendix C)
 
@@ -48,6 +52,14 @@ class ModelConfig:
         blocks = len(self.g_channels) - 1
         if 4 * 2**blocks != self.resolution:
             raise ValueError(f"g_channels has {blocks} blocks, which make {4 * 2**blocks} pixels, not {self.resolution}")
+        for network, size, sizes in (("g", self.g_attention, [8 * 2**i for i in range(blocks)]),
+                                     ("d", self.d_attention, [self.resolution // 2**(i + 1) for i in range(self.d_down)])):
+            if size and size not in sizes:
+                raise ValueError(f"{network}_attention {size} is not what a block makes; 0 (none) or one of {sizes} could be")
+        if self.skip_z and (self.deep or not self.shared_dim):
+            raise ValueError("skip_z needs a shared_dim above 0, and excludes deep, where every block receives all of z")
+        if self.deep and not self.shared_dim:
+            raise ValueError("deep needs a shared_dim above 0")
         if self.skip_z and self.z_dim % (blocks + 1):
             raise ValueError(f"z_dim {self.z_dim} cannot be cut into {blocks + 1} equal chunks for skip_z; "
                              f"{self.z_dim // (blocks + 1) * (blocks + 1) or blocks + 1} could")
@@ -57,16 +69,40 @@ class ModelConfig:
         """How many components of z the first layer (and, with skip_z, each block) receives."""
         return self.z_dim // len(self.g_channels) if self.skip_z else self.z_dim
 
+    @property
+    def c_dim(self):
+        """Length of the condition c that sets gain and bias in G's batch norms; 0 where it is the class index itself."""
+        return self.shared_dim + (self.z_chunk if self.skip_z or self.deep else 0)
 
-MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention in G and D, z. Tables 4 to 6. The channels of 32 and 64
-            # and G's attention at 256 are those of the author's PyTorch code; the paper's table 5 has that attention at 128x128.
-            # shapes32 is ours: narrow where the pixels are many, for drawn shapes on two CPU cores.
+    @property
+    def g_sn_eps(self):
+        return self.sn_eps if self.g_sn else None                   # None: no spectral norm
+
+
+MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention in G and D, z. Tables 4 to 9.
+    # The channels of 32 and 64 and G's attention at 256 are those of the author's PyTorch code; the paper's table 5 has that attention
+    # at 128x128. shapes32 is ours: narrow where the pixels are many, for drawn shapes on two CPU cores.
     "shapes32":  ModelConfig(32, (4, 4, 2, 1), (1, 2, 4, 4), 3, 16, 16, 64, ch=32, n_classes=10, shared_dim=32),
     "biggan32":  ModelConfig(32, (4, 4, 4, 4), (4, 4, 4, 4), 2, 0, 0, 128, ch=64, n_classes=10),
     "biggan64":  ModelConfig(64, (16, 16, 8, 4, 2), (1, 2, 4, 8, 16), 4, 32, 32, 100, ch=64),
     "biggan128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 120),
     "biggan256": ModelConfig(256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 64, 64, 140),
     "biggan512": ModelConfig(512, (16, 16, 8, 8, 4, 2, 1, 1), (1, 1, 2, 4, 8, 8, 16, 16), 7, 64, 64, 160),
+
+    # Deep: a pair of blocks per step of this table; D's first entry is a lone convolution. The published weights and parameter counts
+    # are those of a last convolution with 128 filters, of which 125 are never looked at (and never computed, see Generator).
+    "biggan-deep-128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 128,
+                                   ch=128, skip_z=False, deep=True, rgb_filters=128),
+    "biggan-deep-256": ModelConfig(256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 64, 64, 128,
+                                   ch=128, skip_z=False, deep=True, rgb_filters=128),
+    "biggan-deep-512": ModelConfig(512, (16, 16, 8, 8, 4, 2, 1, 1), (1, 1, 2, 4, 8, 8, 16, 16), 7, 64, 64, 128,
+                                   ch=128, skip_z=False, deep=True, rgb_filters=128),
+
+    # The road to BigGAN. SN-GAN with projection (Miyato & Koyama 2018); then SAGAN (Zhang et al. 2019), which adds attention, spectral
+    # norm in G and a wide D, as table 1 of the paper starts from it.
+    "sngan128":  ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 0, 0, 128, ch=64, shared_dim=0, skip_z=False,
+                             d_wide=False, g_sn=False),
+    "sagan128":  ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 128, ch=64, shared_dim=0, skip_z=False),
 }
 
 
@@ -89,13 +125,17 @@ def power_iteration(W, u, steps=1, eps=1e-12):
 
 
 class SpectralNorm:
-    """Mixed into a layer with a `weight`: gives it `normalized_weight()`, the weight divided by its largest singular value."""
+    """Mixed into a layer with a `weight`: gives it `normalized_weight()`, the weight divided by its largest singular value.
+
+    eps=None switches it off: the weight stays as it is (SN-GAN's generator)."""
 
     def init_u(self, eps):
         self.eps = eps
         self.register_buffer("u", F.normalize(torch.randn(self.weight.shape[0]), dim=0))
 
     def normalized_weight(self):
+        if self.eps is None:
+            return self.weight
         # In float32 also under autocast: sigma is a sum over thousands of products.
         with torch.autocast(self.weight.device.type, enabled=False):
             W = self.weight.flatten(1)                              # (out, everything else): one row per filter
@@ -231,14 +271,20 @@ class BatchNorm(Norm):
 
 
 class ConditionalBatchNorm(Norm):
-    """gain = 1 + W_g c, bias = W_b c: one pair per channel and image (section 3, figure 15)."""
+    """gain = 1 + W_g c, bias = W_b c: one pair per channel and image (section 3, figure 15).
 
-    def __init__(self, channels, c_dim, eps, sn_eps):
-        super().__init__(channels, eps)
-        self.gain = SNLinear(c_dim, channels, sn_eps, bias=False)
-        self.bias = SNLinear(c_dim, channels, sn_eps, bias=False)
+    Without a shared class vector (shared_dim 0, as in SAGAN) c is the class index, and W_g and W_b are tables with a row per class."""
 
-    def forward(self, x, c):                                        # (N, C, H, W), (N, c_dim) -> (N, C, H, W)
+    def __init__(self, channels, config):
+        super().__init__(channels, config.bn_eps)
+        if config.shared_dim:
+            self.gain = SNLinear(config.c_dim, channels, config.g_sn_eps, bias=False)
+            self.bias = SNLinear(config.c_dim, channels, config.g_sn_eps, bias=False)
+        else:
+            self.gain = nn.Embedding(config.n_classes, channels)
+            self.bias = nn.Embedding(config.n_classes, channels)
+
+    def forward(self, x, c):                                        # (N, C, H, W), (N, c_dim) or (N,) -> (N, C, H, W)
         return self.normalise(x, 1 + self.gain(c).float(), self.bias(c).float())
 
 
@@ -278,19 +324,49 @@ class SelfAttention(nn.Module):
 class GBlock(nn.Module):
     """Doubles the resolution: norm, ReLU, up-sample, conv, norm, ReLU, conv (table 4, figure 15b)."""
 
-    def __init__(self, in_channels, out_channels, c_dim, config):
+    def __init__(self, in_channels, out_channels, config):
         super().__init__()
-        self.bn1 = ConditionalBatchNorm(in_channels, c_dim, config.bn_eps, config.sn_eps)
-        self.conv1 = SNConv2d(in_channels, out_channels, 3, config.sn_eps)
-        self.bn2 = ConditionalBatchNorm(out_channels, c_dim, config.bn_eps, config.sn_eps)
-        self.conv2 = SNConv2d(out_channels, out_channels, 3, config.sn_eps)
-        self.conv_sc = SNConv2d(in_channels, out_channels, 1, config.sn_eps)        # sc: shortcut
+        self.bn1 = ConditionalBatchNorm(in_channels, config)
+        self.conv1 = SNConv2d(in_channels, out_channels, 3, config.g_sn_eps)
+        self.bn2 = ConditionalBatchNorm(out_channels, config)
+        self.conv2 = SNConv2d(out_channels, out_channels, 3, config.g_sn_eps)
+        self.conv_sc = SNConv2d(in_channels, out_channels, 1, config.g_sn_eps)      # sc: shortcut
 
     def forward(self, x, c):                                        # (N, in, H, W), (N, c_dim)
         h = F.relu(self.bn1(x, c))                                  # (N, in, H, W)
         h = upsample_conv3x3(h, self.conv1.normalized_weight(), self.conv1.bias)    # (N, out, 2H, 2W)
         h = self.conv2(F.relu(self.bn2(h, c)))                      # (N, out, 2H, 2W)
         return h + upsample(self.conv_sc(x))                        # (N, out, 2H, 2W)
+
+
+class DeepGBlock(nn.Module):
+    """BigGAN-deep: four convolutions through a bottleneck a quarter as wide; keeps or doubles the resolution (table 7, figure 16b).
+
+    Deeper and yet smaller. The shortcut has no weights: where the block narrows, it keeps the first channels and drops the rest."""
+
+    def __init__(self, in_channels, out_channels, up, config):
+        super().__init__()
+        self.up, self.out_channels, middle = up, out_channels, in_channels // 4
+        self.bn1 = ConditionalBatchNorm(in_channels, config)
+        self.conv1 = SNConv2d(in_channels, middle, 1, config.g_sn_eps)
+        self.bn2 = ConditionalBatchNorm(middle, config)
+        self.conv2 = SNConv2d(middle, middle, 3, config.g_sn_eps)
+        self.bn3 = ConditionalBatchNorm(middle, config)
+        self.conv3 = SNConv2d(middle, middle, 3, config.g_sn_eps)
+        self.bn4 = ConditionalBatchNorm(middle, config)
+        self.conv4 = SNConv2d(middle, out_channels, 1, config.g_sn_eps)
+
+    def forward(self, x, c):                                        # (N, in, H, W), (N, c_dim)
+        h = self.conv1(F.relu(self.bn1(x, c)))                      # (N, in/4, H, W)
+        h = F.relu(self.bn2(h, c))                                  # (N, in/4, H, W)
+        x = x[:, :self.out_channels]                                # (N, out, H, W)
+        if self.up:
+            h = upsample_conv3x3(h, self.conv2.normalized_weight(), self.conv2.bias)    # (N, in/4, 2H, 2W)
+            x = upsample(x)                                         # (N, out, 2H, 2W)
+        else:
+            h = self.conv2(h)
+        h = self.conv3(F.relu(self.bn3(h, c)))                      # (N, in/4, 2H, 2W)
+        return self.conv4(F.relu(self.bn4(h, c))) + x               # (N, out, 2H, 2W)
 
 
 class Generator(nn.Module):
@@ -302,44 +378,63 @@ class Generator(nn.Module):
         super().__init__()
         self.config = config
         channels = [m * config.ch for m in config.g_channels]
-        c_dim = config.shared_dim + (config.z_chunk if config.skip_z else 0)
-        # Not spectrally normalised: the author's code notes that this cripples G, for reasons unknown.
-        self.shared = nn.Embedding(config.n_classes, config.shared_dim)
-        # The first layer sees z alone; the class enters with the first norm. (Table 4 prints 20+128; the paper's own parameter
-        # counts and published weights are those of 20.)
-        self.linear = SNLinear(config.z_chunk, 4 * 4 * channels[0], config.sn_eps)
-        self.blocks = nn.ModuleList(GBlock(a, b, c_dim, config) for a, b in zip(channels, channels[1:]))
-        sizes = [8 * 2**i for i in range(len(self.blocks))]
-        self.attention_after = sizes.index(config.g_attention) if config.g_attention else None
-        if config.g_attention:
-            self.attention = SelfAttention(channels[self.attention_after + 1], config.sn_eps)
+        if config.shared_dim:
+            # Not spectrally normalised: the author's code notes that this cripples G, for reasons unknown.
+            self.shared = nn.Embedding(config.n_classes, config.shared_dim)
+        # The first layer sees z alone and the class enters with the first norm, but for deep. (Table 4 prints 20+128; the paper's own
+        # parameter counts and published weights are those of 20.)
+        self.linear = SNLinear(config.c_dim if config.deep else config.z_chunk, 4 * 4 * channels[0], config.g_sn_eps)
+        self.blocks, self.attention_after = nn.ModuleList(), None
+        for i, (a, b) in enumerate(zip(channels, channels[1:])):
+            if config.deep:
+                self.blocks.append(DeepGBlock(a, a, up=False, config=config))
+                self.blocks.append(DeepGBlock(a, b, up=True, config=config))
+            else:
+                self.blocks.append(GBlock(a, b, config))
+            if config.g_attention == 8 * 2**i:
+                self.attention, self.attention_after = SelfAttention(b, config.g_sn_eps), len(self.blocks)
         self.output_norm = BatchNorm(channels[-1], config.bn_eps)
-        self.to_rgb = SNConv2d(channels[-1], 3, 3, config.sn_eps)
+        self.to_rgb = SNConv2d(channels[-1], config.rgb_filters, 3, config.g_sn_eps)
         initialise(self)
 
-    def forward(self, z, y):                                        # (N, z_dim), (N,) or (N, shared_dim)
+    def conditions(self, z, y):
+        """What the first layer receives (N, ...), and a list of what each block does (N, c_dim)."""
+        if not self.config.shared_dim:
+            if y.is_floating_point():
+                raise ValueError("this generator has a class table per layer, no class vectors (shared_dim 0): y must be class indices")
+            return z, [y] * len(self.blocks)
         c = y if y.is_floating_point() else self.shared(y)          # (N, shared_dim)
-        chunks = z.split(self.config.z_chunk, dim=1)                # with skip-z many (N, z_chunk), otherwise only z itself
-        h = self.linear(chunks[0]).view(len(z), -1, 4, 4)           # (N, first width, 4, 4)
+        if self.config.deep:
+            c = torch.cat([z, c], dim=1)                            # (N, z_dim + shared_dim)
+            return c, [c] * len(self.blocks)
+        first, *chunks = z.split(self.config.z_chunk, dim=1)        # (N, z_chunk) each; no further chunks without skip-z
+        return first, [torch.cat([c, chunk], dim=1) for chunk in chunks] or [c] * len(self.blocks)
+
+    def forward(self, z, y):                                        # (N, z_dim), (N,) or (N, shared_dim)
+        first, per_block = self.conditions(z, y)
+        h = self.linear(first).view(len(z), -1, 4, 4)               # (N, first width, 4, 4)
         h = h.contiguous(memory_format=torch.channels_last)         # pixels outside, channels inside: faster convolutions
-        for i, block in enumerate(self.blocks):
-            own = chunks[i + 1:i + 2]                               # this block's chunk of z; none without skip-z
-            h = block(h, torch.cat([c, *own], dim=1))               # (N, g_channels[i+1] ch, 8 * 2^i, 8 * 2^i)
+        for i, (block, c) in enumerate(zip(self.blocks, per_block), start=1):
+            h = block(h, c)                                         # (N, g_channels ch, H, W): narrower and larger, up to R x R
             if i == self.attention_after:
                 h = self.attention(h)
-        h = self.to_rgb(F.relu(self.output_norm(h)))                # (N, 3, R, R)
+        h = F.relu(self.output_norm(h))                             # (N, last width, R, R)
+        h = F.conv2d(h, self.to_rgb.normalized_weight()[:3], self.to_rgb.bias[:3], padding=1)   # (N, 3, R, R)
         return torch.tanh(h.float())                                # (N, 3, R, R) in [-1, 1]
 
 
 class DBlock(nn.Module):
     """ReLU, conv, ReLU, conv, average-pool (figure 15c). The first block starts from the image itself, without a ReLU."""
 
-    def __init__(self, in_channels, out_channels, first, down, eps):
+    def __init__(self, in_channels, out_channels, first, down, config):
         super().__init__()
         self.first, self.down = first, down
-        self.conv1 = SNConv2d(in_channels, out_channels, 3, eps)
-        self.conv2 = SNConv2d(out_channels, out_channels, 3, eps)
-        self.conv_sc = SNConv2d(in_channels, out_channels, 1, eps) if down or in_channels != out_channels else nn.Identity()
+        middle = out_channels if first or config.d_wide else in_channels
+        self.conv1 = SNConv2d(in_channels, middle, 3, config.sn_eps)
+        self.conv2 = SNConv2d(middle, out_channels, 3, config.sn_eps)
+        self.conv_sc = nn.Identity()
+        if down or in_channels != out_channels:
+            self.conv_sc = SNConv2d(in_channels, out_channels, 1, config.sn_eps)
 
     def forward(self, x):                                           # (N, in, H, W)
         # The ReLU is not in place: the shortcut needs x as it was.
@@ -351,27 +446,63 @@ class DBlock(nn.Module):
         return h + self.conv_sc(F.avg_pool2d(x, 2))                 # (N, out, H/2, W/2)
 
 
+class DeepDBlock(nn.Module):
+    """The mirror of DeepGBlock: keeps or halves the resolution (table 7, figure 16c).
+
+    Where the block widens, its shortcut keeps all channels of x and adds the missing ones by a 1x1 convolution."""
+
+    def __init__(self, in_channels, out_channels, down, config):
+        super().__init__()
+        self.down, middle = down, out_channels // 4
+        self.conv1 = SNConv2d(in_channels, middle, 1, config.sn_eps)
+        self.conv2 = SNConv2d(middle, middle, 3, config.sn_eps)
+        self.conv3 = SNConv2d(middle, middle, 3, config.sn_eps)
+        self.conv4 = SNConv2d(middle, out_channels, 1, config.sn_eps)
+        self.conv_sc = SNConv2d(in_channels, out_channels - in_channels, 1, config.sn_eps) if out_channels > in_channels else None
+
+    def forward(self, x):                                           # (N, in, H, W)
+        h = self.conv1(F.relu(x))                                   # (N, out/4, H, W)
+        h = self.conv2(F.relu(h))                                   # (N, out/4, H, W)
+        h = F.relu(self.conv3(F.relu(h)))                           # (N, out/4, H, W)
+        if self.down:
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)           # (N, out/4, H/2, W/2), (N, in, H/2, W/2)
+        if self.conv_sc is not None:
+            x = torch.cat([x, self.conv_sc(x)], dim=1)              # (N, out, H/2, W/2)
+        return self.conv4(h) + x                                    # (N, out, H/2, W/2)
+
+
 class Discriminator(nn.Module):
     """x (N, 3, R, R) in [-1, 1], y (N,) class indices -> logits (N,): positive where x looks like a real image of class y."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        channels = [3] + [m * config.ch for m in config.d_channels]
-        self.blocks = nn.ModuleList(DBlock(a, b, first=i == 0, down=i < config.d_down, eps=config.sn_eps)
-                                    for i, (a, b) in enumerate(zip(channels, channels[1:])))
-        sizes = [config.resolution // 2**min(i + 1, config.d_down) for i in range(len(self.blocks))]
-        self.attention_after = sizes.index(config.d_attention) if config.d_attention else None
-        if config.d_attention:
-            self.attention = SelfAttention(channels[self.attention_after + 1], config.sn_eps)
+        channels = [m * config.ch for m in config.d_channels]
+        if config.deep:
+            self.from_rgb = SNConv2d(3, channels[0], 3, config.sn_eps)
+        else:
+            channels = [3, *channels]
+        self.blocks, self.attention_after, size = nn.ModuleList(), None, config.resolution
+        for i, (a, b) in enumerate(zip(channels, channels[1:])):
+            down = i < config.d_down
+            size = size // 2 if down else size
+            if config.deep:
+                self.blocks.append(DeepDBlock(a, b, down, config))
+                self.blocks.append(DeepDBlock(b, b, False, config))
+            else:
+                self.blocks.append(DBlock(a, b, i == 0, down, config))
+            if down and size == config.d_attention:
+                self.attention, self.attention_after = SelfAttention(b, config.sn_eps), len(self.blocks)
         self.linear = SNLinear(channels[-1], 1, config.sn_eps)
         self.embed = SNEmbedding(config.n_classes, channels[-1], config.sn_eps)
         initialise(self)
 
     def forward(self, x, y):                                        # (N, 3, R, R), (N,)
         h = x.contiguous(memory_format=torch.channels_last)
-        for i, block in enumerate(self.blocks):
-            h = block(h)                                            # (N, d_channels[i] ch, R / 2^(i+1), R / 2^(i+1)), then constant
+        if self.config.deep:
+            h = self.from_rgb(h)                                    # (N, ch, R, R)
+        for i, block in enumerate(self.blocks, start=1):
+            h = block(h)                                            # (N, d_channels ch, H, W): wider and smaller
             if i == self.attention_after:
                 h = self.attention(h)
         with torch.autocast(x.device.type, enabled=False):          # the logits in full precision
@@ -389,7 +520,9 @@ def initialise(network):
                 nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------- losses and penalties
+# ---------------------------------------------------------------- losses
+# BigGAN's is the hinge. The others are for comparison. Of two densities p (real) and q (generated) at a point, each loss leads the best
+# possible D to answer something else there: hinge the sign of p - q, non-saturating log(p / q), least squares p / (p + q).
 
 def hinge_loss_d(real_logits, fake_logits):
     """D wants real logits above 1 and fake ones below -1; beyond that it has nothing to gain. (N,), (M,) -> scalar."""
@@ -399,6 +532,61 @@ def hinge_loss_d(real_logits, fake_logits):
 def hinge_loss_g(fake_logits):
     """G wants D to call its images real. (N,) -> scalar."""
     return -fake_logits.mean()
+
+
+def nonsaturating_loss_d(real_logits, fake_logits):
+    """-log D(real) - log(1 - D(fake)), where D(x) = sigmoid(logit) is a probability (Goodfellow et al. 2014). -> scalar."""
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def nonsaturating_loss_g(fake_logits):
+    """-log D(fake). The original log(1 - D(fake)) hardly moves where D is sure, just when G has most to learn. -> scalar."""
+    return F.softplus(-fake_logits).mean()
+
+
+def least_squares_loss_d(real_logits, fake_logits):
+    """D wants real logits to be 1 and fake ones 0 (Mao et al. 2017). -> scalar."""
+    return ((real_logits - 1).square().mean() + fake_logits.square().mean()) / 2
+
+
+def least_squares_loss_g(fake_logits):
+    return (fake_logits - 1).square().mean() / 2
+
+
+def wasserstein_loss_d(real_logits, fake_logits):
+    """The difference itself, without a margin; bounded only by `gradient_penalty` (Gulrajani et al. 2017). -> scalar."""
+    return fake_logits.mean() - real_logits.mean()
+
+
+LOSSES = {"hinge": (hinge_loss_d, hinge_loss_g), "non-saturating": (nonsaturating_loss_d, nonsaturating_loss_g),
+          "least-squares": (least_squares_loss_d, least_squares_loss_g), "wgan-gp": (wasserstein_loss_d, hinge_loss_g)}
+
+
+# ---------------------------------------------------------------- penalties
+# What is added to a loss to keep a network tame. BigGAN itself uses one, orthogonal regularisation on G. Section 4 tries the others
+# against the collapse that ends long runs; they work, at a price in quality that the authors did not want to pay.
+
+def slope(D, x, y):
+    """How steep D is at each image: the squared length of d D(x, y) / dx, one number per image (N,). Can itself be differentiated."""
+    x = x.detach().requires_grad_()
+    # The sum's gradient holds each image's own, since D looks at every image by itself.
+    gradient, = torch.autograd.grad(D(x, y).sum(), x, create_graph=True)
+    return gradient.flatten(1).square().sum(1)
+
+
+def r1_penalty(D, x, y):
+    """1/2 E |d D(x, y) / dx|^2 over real images: D must not be steep where the data are (Mescheder et al. 2018; section 4.2).
+
+    x (N, 3, R, R), y (N,) -> scalar. The weight is left out; the paper's gamma 10 stops collapse and costs 45% of the Inception score."""
+    return slope(D, x, y).mean() / 2
+
+
+def gradient_penalty(D, real, fake, y, mix):
+    """E (|d D(x, y) / dx| - 1)^2 over x on the straight lines from real to generated images (Gulrajani et al. 2017). -> scalar.
+
+    mix (N,) says where on its line each x lies, 0 at the real end and 1 at the generated one. y (N,) are the real images' classes."""
+    x = torch.lerp(real, fake.to(real.dtype), mix.reshape(-1, 1, 1, 1))
+    return ((slope(D, x, y) + 1e-12).sqrt() - 1).square().mean()    # 1e-12: the root of 0 has no derivative
 
 
 def orthogonal_penalty(W, off_diagonal=True):
@@ -420,7 +608,46 @@ def orthogonal_penalty(W, off_diagonal=True):
 
 def orthogonal_regularisation(G):
     """The sum of the off-diagonal penalty over all weight matrices of G but the class vectors, which are data, not filters."""
-    return sum(orthogonal_penalty(W) for name, W in G.named_parameters() if W.ndim > 1 and not name.startswith("shared."))
+    return sum(orthogonal_penalty(m.weight) for m in G.modules() if isinstance(m, SpectralNorm))
+
+
+# ---------------------------------------------------------------- watching and restraining the singular values (section 4.1)
+# Before G collapses, the largest singular value sigma_0 of its layers' weights, the first layer's above all, grows faster and faster.
+# Spectral norm hides that from the output, but not from the optimiser. Watch the first three; or hold the first one down.
+
+@torch.no_grad()
+def singular_values(W, k=3):
+    """The k largest singular values of W (out, ...) -> (k,) or fewer, largest first: the square roots of the largest eigenvalues
+    of W W^T, or of W^T W where that is smaller, which has the same ones."""
+    W = W.flatten(1).float()
+    gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+    return torch.linalg.eigvalsh(gram).flip(0)[:k].clamp(min=0).sqrt()
+
+
+def sigma_excess(W, u, fixed=None, ratio=None):
+    """By how much sigma_0 exceeds what it should be: `fixed`, or `ratio` times sigma_1, which counts as a constant.
+
+    u (out,), near the first left singular vector, is moved closer in place. Returns the excess (through which gradients reach W)
+    and the singular vectors u (out,) and v (everything else,)."""
+    sigma_0, new_u, v = power_iteration(W.flatten(1), u)
+    u.copy_(new_u)
+    goal = fixed if fixed is not None else ratio * singular_values(W, 2)[1]
+    return sigma_0 - goal, new_u, v
+
+
+def sigma_pull(G, fixed=None, ratio=None):
+    """Sum over G's layers of the squared excess: a penalty that pulls sigma_0 to its goal, from above and from below. -> scalar."""
+    layers = [m for m in G.modules() if isinstance(m, SpectralNorm)]
+    return sum(sigma_excess(m.weight, m.u, fixed, ratio)[0].square() for m in layers)
+
+
+@torch.no_grad()
+def clamp_sigma(G, fixed=None, ratio=None):
+    """W <- W - max(0, excess) u v^T in every layer of G: lowers sigma_0 to its bound at once and leaves the other ones alone."""
+    for m in G.modules():
+        if isinstance(m, SpectralNorm):
+            excess, u, v = sigma_excess(m.weight, m.u, fixed, ratio)
+            m.weight -= (excess.clamp(min=0) * torch.outer(u, v)).view_as(m.weight)
 
 
 # ---------------------------------------------------------------- truncation, averaged weights, standing statistics

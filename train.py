@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from biggan import (EMA, MODELS, Discriminator, Generator, hinge_loss_d, hinge_loss_g, orthogonal_regularisation,
-                    standing_statistics, truncated_normal)
+from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, SpectralNorm, clamp_sigma, gradient_penalty,
+                    orthogonal_regularisation, r1_penalty, sigma_pull, singular_values, standing_statistics, truncated_normal)
 from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw, image_grid, newest_checkpoint, pick_device, run,
                     save_atomically, warn)
 
@@ -48,11 +48,12 @@ def option(default, help):
 @dataclass
 class Settings:
     """Every setting of a run, its default (the paper's ImageNet run at 128x128; ema_start is the author's code's) and what it does."""
-    preset: str = option("imagenet128", "a named set of values for the options below")
+    preset: str = option("imagenet128", "a named set of values for the options below, listed at the end")
     data: str = option(None, "folder with one sub-folder of images per class, or 'shapes'")
     out: str = option(None, "run folder (default: runs/PRESET)")
-    model: str = option("biggan128", "architecture: a name in biggan.MODELS")
+    model: str = option("biggan128", f"architecture, one of {', '.join(MODELS)}")
     ch: int = option(96, "width: the number all channel counts are multiples of")
+    shared_dim: int = option(None, "length of the class vector all layers of G share; 0: a class table in each (default: the model's)")
     steps: int = option(150_000, "optimiser steps of G")
     batch: int = option(2048, "real images per D step, and generated images per step of either network")
     micro_batch: int = option(None, "images at a time, gradients added up to --batch; batch norm then sees only these (default: all)")
@@ -61,14 +62,22 @@ class Settings:
     d_lr: float = option(2e-4, "Adam's learning rate for D")
     beta1: float = option(0.0, "Adam's momentum; anything above 0 destabilises large runs")
     beta2: float = option(0.999, "Adam's memory for squared gradients")
+    loss: str = option("hinge", f"one of {', '.join(LOSSES)}")
+    gp: float = option(10.0, "weight of the gradient penalty that --loss wgan-gp adds")
     ortho: float = option(1e-4, "beta, the weight of orthogonal regularisation on G")
+    r1: float = option(0.0, "gamma, the weight of the R1 penalty on D; the paper tried 10 and 1 (section 4.2)")
+    sigma_fixed: float = option(None, "bound for the largest singular value of every layer of G (section 4.1)")
+    sigma_ratio: float = option(None, "the same bound as a multiple of the layer's second largest singular value")
+    sigma_pull: float = option(0.0, "weight of a penalty that pulls it to the bound; 0 clamps it to the bound after every step")
     ema: float = option(0.9999, "decay of the averaged generator")
     ema_start: int = option(20_000, "step from which G is averaged; before it the average follows G")
     flip: int = option(1, "1 mirrors each real image with probability 1/2; 0 never does")
     precision: str = option("auto", "fp32, bf16 (autocast), or auto: bf16 where the hardware has it")
     seed: int = option(0, "of weights, noise and data order")
     workers: int = option(None, "processes that decode images (default: 8 beside a GPU, 0 on a CPU)")
+    held_out: str = option(None, "folder of held-out images of the same classes: does D know them as real, or has it memorised --data?")
     log_every: int = option(50, "steps between lines of log.jsonl")
+    eval_every: int = option(1000, "steps between looks at every layer's first three singular values and, with --held-out, at D's memory")
     sample_every: int = option(1000, "steps between sample grids")
     save_every: int = option(1000, "steps between checkpoints")
     keep: int = option(3, "how many of the newest checkpoints to keep")
@@ -76,35 +85,53 @@ class Settings:
 
 PRESETS = {  # what differs from the defaults above
     "shapes": dict(data="shapes", model="shapes32", ch=32, steps=3000, batch=64, d_steps=1, g_lr=2e-4, d_lr=4e-4, beta2=0.99,
-                   ema=0.998, ema_start=200, flip=0, sample_every=250, save_every=250),
-    "cifar10": dict(model="biggan32", ch=64, steps=100_000, batch=64, d_steps=4, g_lr=2e-4, d_lr=2e-4, ema_start=1000),
+                   ema=0.998, ema_start=200, flip=0, sample_every=250, save_every=250, eval_every=250),
+    "cifar10": dict(model="biggan32", ch=64, steps=100_000, batch=64, d_steps=4, g_lr=2e-4, ema_start=1000),
     "imagenet64": dict(model="biggan64", ch=64),
     "imagenet128": dict(),
     "imagenet256": dict(model="biggan256"),
     "imagenet512": dict(model="biggan512"),
+    "imagenet128-deep": dict(model="biggan-deep-128", ch=128),
+    "imagenet256-deep": dict(model="biggan-deep-256", ch=128, g_lr=2.5e-5, d_lr=2.5e-5),
+    "imagenet512-deep": dict(model="biggan-deep-512", ch=128, g_lr=2.5e-5, d_lr=2.5e-5),
+
+    # The road: SN-GAN (Miyato & Koyama 2018), then the rows of the paper's table 1, which begin with SAGAN (Zhang et al. 2019).
+    "sngan128": dict(model="sngan128", ch=64, steps=450_000, batch=64, d_steps=5, g_lr=2e-4, beta2=0.9, ortho=0.0),
+    "table1-row1": dict(model="sagan128", ch=64, steps=1_000_000, batch=256, d_steps=1, g_lr=1e-4, d_lr=4e-4, beta2=0.9, ortho=0.0),
+    "table1-row2": dict(model="sagan128", ch=64, steps=1_000_000, batch=512, ortho=0.0),    # half the learning rates, two D steps
+    "table1-row3": dict(model="sagan128", ch=64, steps=1_000_000, batch=1024, ortho=0.0),   # larger batches ...
+    "table1-row4": dict(model="sagan128", ch=64, steps=732_000, ortho=0.0),
+    "table1-row5": dict(model="sagan128", steps=295_000, ortho=0.0),                        # wider
+    "table1-row6": dict(model="sagan128", shared_dim=128, steps=185_000, ortho=0.0),        # shared class vectors
+    "table1-row7": dict(steps=152_000, ortho=0.0),                                          # z cut into chunks: biggan128
+    "table1-row8": dict(steps=165_000),                                                     # orthogonal regularisation
+    "table1-row9": dict(ch=64, steps=371_000),                                              # narrower again
 }
 
 # These may differ when a run is continued: they change where and how long, not what is computed.
-FREE_TO_CHANGE = {"data", "out", "steps", "workers", "log_every", "sample_every", "save_every", "keep"}
+FREE_TO_CHANGE = {"data", "out", "held_out", "steps", "workers", "log_every", "sample_every", "save_every", "eval_every", "keep"}
 
 
 def parse_settings(arguments):
     """Command line -> Settings: the defaults, then the preset, then what was typed. Refuses what cannot work."""
     parser = Parser(description=__doc__)
+    spelled_out = {name: " ".join(f"--{key.replace('_', '-')} {value}" for key, value in preset.items()) for name, preset in PRESETS.items()}
+    parser.epilog = "presets, as the options they stand for:\n" + "\n".join(f"  {name:<18}{text}" for name, text in spelled_out.items())
     for f in dataclasses.fields(Settings):
-        differing = {name: preset[f.name] for name, preset in PRESETS.items() if f.name in preset and f.name != "data"}
-        presets = "; ".join(f"{name} {value}" for name, value in differing.items())
-        text = f.metadata["help"] + (f" (default: {f.default}" + (f"; {presets}" if presets else "") + ")"
-                                     if f.default is not None else "")
-        choices = {"preset": list(PRESETS), "model": list(MODELS), "precision": ["auto", "fp32", "bf16"]}.get(f.name)
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=choices, help=text)
+        text = f.metadata["help"] + (f" (default: {f.default})" if f.default is not None else "")
+        choices = {"preset": list(PRESETS), "model": list(MODELS), "loss": list(LOSSES), "precision": ["auto", "fp32", "bf16"]}
+        metavar = {int: "N", float: "X", str: "NAME" if f.name in choices else "DIR"}[f.type]
+        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=choices.get(f.name), help=text, metavar=metavar)
     typed = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     preset = typed.get("preset", Settings.preset)
     s = Settings(**{**PRESETS[preset], **typed})
-    for name in ("ch", "steps", "batch", "micro_batch", "d_steps", "log_every", "sample_every", "save_every", "keep"):
+    for name in ("ch", "steps", "batch", "micro_batch", "d_steps", "log_every", "sample_every", "save_every", "eval_every", "keep"):
         if getattr(s, name) is not None and getattr(s, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
-    for name in ("g_lr", "d_lr", "ortho", "seed", "ema_start", "workers"):
+    for name in "sigma_fixed", "sigma_ratio":
+        if getattr(s, name) is not None and not 0 < getattr(s, name) < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
+    for name in ("g_lr", "d_lr", "gp", "ortho", "r1", "sigma_pull", "shared_dim", "seed", "ema_start", "workers"):
         if getattr(s, name) is not None and not 0 <= getattr(s, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(s, name)}")
     if s.seed >= 2**62:
@@ -114,15 +141,33 @@ def parse_settings(arguments):
             parser.error(f"--{name} must be at least 0 and below 1, not {getattr(s, name)}")
     if s.flip not in (0, 1):
         parser.error(f"--flip must be 0 or 1, not {s.flip}")
-    if s.ch % 8 and (MODELS[s.model].g_attention or MODELS[s.model].d_attention):
+    try:
+        model = model_config(s, n_classes=1)
+    except ValueError as error:
+        parser.error(f"--shared-dim {s.shared_dim} does not go with --model {s.model}: {error}")
+    if s.ch % 8 and (model.g_attention or model.d_attention):
         parser.error(f"--ch must be a multiple of 8, not {s.ch}: attention works with an eighth of the channels")
+    if "gp" in typed and s.loss != "wgan-gp":
+        parser.error(f"--gp belongs to --loss wgan-gp, not to {s.loss}")
+    if s.sigma_fixed is not None and s.sigma_ratio is not None:
+        parser.error("--sigma-fixed and --sigma-ratio exclude each other; choose one bound for the singular values")
+    if s.sigma_pull and s.sigma_fixed is None and s.sigma_ratio is None:
+        parser.error("--sigma-pull needs a goal: --sigma-fixed or --sigma-ratio")
     if s.batch % (s.micro_batch or s.batch):
         parser.error(f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}")
     if s.data is None:
         parser.error(f"--preset {preset} needs --data DIR, a folder with one sub-folder of images per class; "
                      "--preset shapes needs no data")
+    if s.data == "shapes":
+        s.held_out = s.held_out or "shapes"
     s.out = s.out or f"runs/{preset}"
     return s
+
+
+def model_config(s, n_classes):
+    """The architecture that the settings ask for. Raises ValueError if they contradict each other."""
+    config = dataclasses.replace(MODELS[s.model], ch=s.ch, n_classes=n_classes)
+    return config if s.shared_dim is None else dataclasses.replace(config, shared_dim=s.shared_dim)
 
 
 # ---------------------------------------------------------------- data
@@ -167,17 +212,17 @@ SHAPES = {  # polygons in a circle of radius 1, y downwards; the first is filled
 class Shapes:
     """Ten classes of drawn shapes: bright on dark, of any hue, size, place and a slight tilt. Image i is always the same image."""
 
-    length = 1_000_000                                              # indices from here on are the held-out ones
+    length = 1_000_000
 
-    def __init__(self, resolution):
-        self.resolution, self.classes = resolution, list(SHAPES)
+    def __init__(self, resolution, held_out=False):
+        self.resolution, self.classes, self.first = resolution, list(SHAPES), self.length if held_out else 0
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, i):
         """-> (R, R, 3) uint8, label."""
-        label, rng = i % len(SHAPES), np.random.default_rng(i)
+        label, rng = i % len(SHAPES), np.random.default_rng(self.first + i)
         fine = 4 * self.resolution                                  # drawn four times too large, then averaged down
         angle, radius = rng.uniform(-0.2, 0.2), rng.uniform(0.28, 0.40)
         turn = radius * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -274,8 +319,20 @@ def load_image(path, resolution):
     return np.asarray(image.resize((resolution, resolution), how, (left, top, left + side, top + side)))
 
 
-def open_data(source, resolution):
-    return Shapes(resolution) if source == "shapes" else ImageFolder(source, resolution)
+def open_data(source, resolution, held_out=False):
+    return Shapes(resolution, held_out) if source == "shapes" else ImageFolder(source, resolution)
+
+
+def some_images(data, n, seed):
+    """n images chosen at random, or all if there are fewer: (n, R, R, 3) uint8, labels (n,)."""
+    chosen = np.random.default_rng(seed).permutation(len(data))[:n]
+    images, labels = zip(*[data[int(i)] for i in chosen])
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+
+
+def to_network(images, device):
+    """(N, R, R, 3) uint8 -> (N, 3, R, R) in [-1, 1], channels last in memory as it should be."""
+    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def generator_for(*numbers):
@@ -324,8 +381,7 @@ def batches(data, s, step, device):
     loader = torch.utils.data.DataLoader(Mirrored(data), batch_sampler=order, num_workers=workers,
                                          pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
     for x, y in loader:
-        x = x.to(device, non_blocking=True).permute(0, 3, 1, 2)     # (N, 3, R, R), channels last in memory as it should be
-        yield x.float() / 127.5 - 1, y.to(device, non_blocking=True)
+        yield to_network(x, device), y.to(device, non_blocking=True)
 
 
 def ignore_interrupts(worker):
@@ -345,6 +401,7 @@ class Trainer:
         self.opt_G = torch.optim.Adam(self.G.parameters(), s.g_lr, (s.beta1, s.beta2), fused=True)
         self.opt_D = torch.optim.Adam(self.D.parameters(), s.d_lr, (s.beta1, s.beta2), fused=True)
         self.ema = EMA(self.G, s.ema, s.ema_start)
+        self.loss_d, self.loss_g = LOSSES[s.loss]
         self.step = 0
         self.micro = s.micro_batch or s.batch
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
@@ -352,50 +409,79 @@ class Trainer:
               f"G {sum(p.numel() for p in self.G.parameters()):,} and D {sum(p.numel() for p in self.D.parameters()):,} parameters")
 
     def noise(self, part):
-        """z and y of a whole batch, in micro-batches. They depend on the seed, the step and which part of the step it is."""
+        """z, y and mix (for `gradient_penalty`) of a whole batch, in micro-batches. Decided by the seed, the step and its part."""
         generator = generator_for(self.s.seed, self.step, part)
         z = truncated_normal((self.s.batch, self.config.z_dim), generator=generator)
         y = torch.randint(self.config.n_classes, (self.s.batch,), generator=generator)
-        return zip(z.to(self.device).split(self.micro), y.to(self.device).split(self.micro))
+        mix = torch.rand(self.s.batch, generator=generator)
+        return zip(*(noise.to(self.device).split(self.micro) for noise in (z, y, mix)))
 
     def train_step(self, real_batches):
         """d_steps updates of D, then one of G. Returns what the log wants, as tensors."""
-        share = self.micro / self.s.batch                           # of one micro-batch in the whole gradient
-        logged = dict.fromkeys(("D_real", "D_fake", "D_loss", "G_loss", "ortho"), 0)
+        s = self.s
+        share = self.micro / s.batch                                # of one micro-batch in the whole gradient
+        logged = dict.fromkeys(("D_real", "D_fake", "D_loss", "D_penalty", "D_grad", "G_loss", "ortho", "G_grad"), 0)
 
         self.D.requires_grad_(True)
-        for part in range(1, self.s.d_steps + 1):
+        for part in range(1, s.d_steps + 1):
             self.opt_D.zero_grad()
             real, real_y = next(real_batches)
-            for x, y, (z, fake_y) in zip(real.split(self.micro), real_y.split(self.micro), self.noise(part)):
+            for x, y, (z, fake_y, mix) in zip(real.split(self.micro), real_y.split(self.micro), self.noise(part)):
                 with self.autocast():
                     with torch.no_grad():
                         fake = self.G(z, fake_y)
                     # Real and fake in one call: D has no batch norm, so they do not meet, and one large batch is faster.
                     real_logits, fake_logits = self.D(torch.cat([x, fake]), torch.cat([y, fake_y])).chunk(2)
-                loss = hinge_loss_d(real_logits, fake_logits)
-                (loss * share).backward()
-                for name, value in ("D_real", real_logits.mean()), ("D_fake", fake_logits.mean()), ("D_loss", loss):
-                    logged[name] += value.detach() * share / self.s.d_steps
+                    penalty = real_logits.new_zeros(())
+                    if s.r1:
+                        penalty += s.r1 * r1_penalty(self.D, x, y)
+                    if s.loss == "wgan-gp":
+                        penalty += s.gp * gradient_penalty(self.D, x, fake, y, mix)
+                loss = self.loss_d(real_logits, fake_logits)
+                ((loss + penalty) * share).backward()
+                for name, value in (("D_real", real_logits.mean()), ("D_fake", fake_logits.mean()), ("D_loss", loss),
+                                    ("D_penalty", penalty)):
+                    logged[name] += value.detach() * share / s.d_steps
+            logged["D_grad"] += gradient_norm(self.D) / s.d_steps
             self.opt_D.step()
 
         self.D.requires_grad_(False)                                # G's gradient passes through D but none is kept there
         self.opt_G.zero_grad()
-        for z, y in self.noise(0):
+        for z, y, _ in self.noise(0):
             with self.autocast():
                 fake_logits = self.D(self.G(z, y), y)
-            loss = hinge_loss_g(fake_logits)
+            loss = self.loss_g(fake_logits)
             (loss * share).backward()
             logged["G_loss"] += loss.detach() * share
-        if self.s.ortho:
-            logged["ortho"] = orthogonal_regularisation(self.G)
-            (self.s.ortho * logged["ortho"]).backward()
-            logged["ortho"] = logged["ortho"].detach()
+        if s.ortho:
+            ortho = orthogonal_regularisation(self.G)
+            (s.ortho * ortho).backward()
+            logged["ortho"] = ortho.detach()
+        bound = {"fixed": s.sigma_fixed, "ratio": s.sigma_ratio}
+        if s.sigma_pull:
+            (s.sigma_pull * sigma_pull(self.G, **bound)).backward()
+        logged["G_grad"] = gradient_norm(self.G)
         self.opt_G.step()
+        if (s.sigma_fixed or s.sigma_ratio) and not s.sigma_pull:
+            clamp_sigma(self.G, **bound)
 
         self.step += 1
         self.ema.update(self.G, self.step)
         return logged
+
+    def spectra(self):
+        """The first three singular values of every layer's weight, before spectral norm: {"G.linear": [sigma_0, sigma_1, sigma_2], ...}."""
+        return {f"{network}.{name}": [float(f"{sigma:.5g}") for sigma in singular_values(layer.weight)]
+                for network in ("G", "D") for name, layer in getattr(self, network).named_modules() if isinstance(layer, SpectralNorm)}
+
+    @torch.no_grad()
+    def share_called_real(self, images, labels):
+        """Of real images (N, R, R, 3) uint8, the share that D takes for real: its logit is above 0."""
+        self.D.eval()
+        with self.autocast():
+            logits = [self.D(to_network(x, self.device), y.to(self.device)) for x, y in zip(images.split(64), labels.split(64))]
+        self.D.train()
+        return (torch.cat(logits) > 0).float().mean().item()
 
     def parts(self):
         return {"G": self.G, "D": self.D, "G_ema": self.ema.model, "opt_G": self.opt_G, "opt_D": self.opt_D}
@@ -407,6 +493,11 @@ class Trainer:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
         self.step = state["step"]
+
+
+def gradient_norm(network):
+    """The length of the whole gradient as one vector."""
+    return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
 def has_bf16(device):
@@ -548,11 +639,14 @@ def main(arguments):
         keep_freed_memory()
     if s.precision == "auto":
         s.precision = "bf16" if has_bf16(device) else "fp32"
-    model = MODELS[s.model]
-    data = open_data(s.data, model.resolution)
+    resolution = MODELS[s.model].resolution
+    data = open_data(s.data, resolution)
     names = ", ".join(data.classes[:5]) + (", ..." if len(data.classes) > 5 else "")
     print(f"{s.data}: {len(data):,} images in {len(data.classes)} classes: {names}")
-    config = dataclasses.replace(model, ch=s.ch, n_classes=len(data.classes))
+    held_out = open_data(s.held_out, resolution, held_out=True) if s.held_out else None
+    if held_out and held_out.classes != data.classes:
+        raise UserError(f"the held-out images in {s.held_out} have other classes than {s.data}; --held-out needs the same sub-folders")
+    config = model_config(s, len(data.classes))
     described = {**plain(config), **dataclasses.asdict(s), "images": len(data), "classes": data.classes}
     checkpoint = open_run(s, described)
     trainer = Trainer(s, config, device)
@@ -565,10 +659,23 @@ def main(arguments):
         print(f"{s.out} has {trainer.step} steps already; a larger --steps trains on, another --out starts anew")
     else:
         save_atomically(Path(s.out, "config.json"), lambda f: f.write(json.dumps(described, indent=1).encode()))
-        train(trainer, data, s)
+        train(trainer, data, held_out, s)
 
 
-def train(trainer, data, s):
+def look_closer(trainer, data, held_out, s):
+    """What warns of collapse, measured now and then: the layers' singular values, and whether D knows its training images by heart."""
+    entry = {"sigma": trainer.spectra()}
+    highest = {network: max((sigmas[0], name) for name, sigmas in entry["sigma"].items() if name.startswith(network)) for network in "GD"}
+    text = "largest sigma_0: " + ", ".join(f"{sigma:.3g} in {name}" for sigma, name in highest.values())
+    if held_out:
+        for name, images in ("training", data), ("held_out", held_out):
+            entry[f"D_calls_{name}_real"] = trainer.share_called_real(*some_images(images, 512, s.seed))
+        text += (f"; D calls {entry['D_calls_training_real']:.0%} of training "
+                 f"and {entry['D_calls_held_out_real']:.0%} of held-out images real")
+    return entry, text
+
+
+def train(trainer, data, held_out, s):
     """The loop: steps, a line of progress, log, samples, checkpoints; until the steps are done or a signal asks to stop."""
     stop = []
 
@@ -587,13 +694,18 @@ def train(trainer, data, s):
         logged = trainer.train_step(real_batches)
         sums = sums + torch.stack([torch.as_tensor(value, dtype=torch.float32, device=trainer.device) for value in logged.values()])
         step, last = trainer.step, trainer.step == s.steps
-        if last or step % s.log_every == 0:
+        looking = step % s.eval_every == 0
+        if last or looking or step % s.log_every == 0:
             means = dict(zip(logged, (sums / (step - since)).tolist()))
             stop_if_not_finite(trainer, means, s)
             seconds = (time.perf_counter() - started) / (step - since)
             entry = {"step": step, **means, "seconds_per_step": seconds, "images_per_second": s.batch / seconds}
-            log.write(entry)
             print(progress(entry, s), end="\033[K\r" if sys.stdout.isatty() else "\n", flush=True)
+            if looking:
+                measured, text = look_closer(trainer, data, held_out, s)
+                entry.update(measured)
+                print(f"step {step}: {text}\033[K" if sys.stdout.isatty() else text, flush=True)
+            log.write(entry)
             sums, since, started = 0, step, time.perf_counter()
         if (last or step % s.save_every == 0) and save_checkpoint(trainer, data.classes, s):
             saved = step
