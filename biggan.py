@@ -2,7 +2,8 @@
 
 A generator G turns noise z and a class y into an image. A discriminator D looks at an image and a class and answers with one
 number: large if it believes the image is a real one of that class. D is trained to tell real from generated, G to be believed; they
-take turns (`Trainer.train_step` in train.py). When neither can improve, the generated images are distributed like the real ones.
+take turns (`Trainer.train_step` in train.py). If both could learn anything and found their optimum, the generated images would be
+distributed like the real ones.
 
 Reading order: the numbers (MODELS), then the techniques, each a few lines (spectral norm, batch norm, attention), then the two
 networks that are built from them, then what training needs (losses, orthogonal penalty, truncation, averaged weights).
@@ -26,7 +27,9 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides the shape of G and D. Channel numbers are multiples of `ch`, as the paper prints them."""
+    """Everything that decides the shape of G and D. Channel numbers are multiples of `ch`, as the paper prints them.
+
+    The terms are explained below, where each thing is built."""
     resolution: int                 # R, pixels per side
     g_channels: tuple               # G: entering its first block (at 4x4), then leaving each block; every block doubles H and W
     d_channels: tuple               # D: leaving each block; the first block receives the 3 colours
@@ -60,6 +63,11 @@ class ModelConfig:
             raise ValueError("skip_z needs a shared_dim above 0, and excludes deep, where every block receives all of z")
         if self.deep and not self.shared_dim:
             raise ValueError("deep needs a shared_dim above 0")
+        growing = [list(channels) for channels in (self.g_channels[::-1], self.d_channels)]
+        if self.deep and growing != [sorted(channels) for channels in growing]:
+            raise ValueError("deep needs g_channels that never grow and d_channels that never shrink, for its shortcuts")
+        if self.rgb_filters < 3:
+            raise ValueError(f"rgb_filters must be at least 3, one per colour, not {self.rgb_filters}")
         if self.skip_z and self.z_dim % (blocks + 1):
             raise ValueError(f"z_dim {self.z_dim} cannot be cut into {blocks + 1} equal chunks for skip_z; "
                              f"{self.z_dim // (blocks + 1) * (blocks + 1) or blocks + 1} could")
@@ -79,6 +87,9 @@ class ModelConfig:
         return self.sn_eps if self.g_sn else None                   # None: no spectral norm
 
 
+DEEP = dict(ch=128, skip_z=False, deep=True, rgb_filters=128)
+ROAD = dict(ch=64, skip_z=False, shared_dim=0)
+
 MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention in G and D, z. Tables 4 to 9.
     # The channels of 32 and 64 and G's attention at 256 are those of the author's PyTorch code; the paper's table 5 has that attention
     # at 128x128. shapes32 is ours: narrow where the pixels are many, for drawn shapes on two CPU cores.
@@ -89,26 +100,23 @@ MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention 
     "biggan256": ModelConfig(256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 64, 64, 140),
     "biggan512": ModelConfig(512, (16, 16, 8, 8, 4, 2, 1, 1), (1, 1, 2, 4, 8, 8, 16, 16), 7, 64, 64, 160),
 
-    # Deep: a pair of blocks per step of this table; D's first entry is a lone convolution. The published weights and parameter counts
-    # are those of a last convolution with 128 filters, of which 125 are never looked at (and never computed, see Generator).
-    "biggan-deep-128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 128,
-                                   ch=128, skip_z=False, deep=True, rgb_filters=128),
-    "biggan-deep-256": ModelConfig(256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 64, 64, 128,
-                                   ch=128, skip_z=False, deep=True, rgb_filters=128),
-    "biggan-deep-512": ModelConfig(512, (16, 16, 8, 8, 4, 2, 1, 1), (1, 1, 2, 4, 8, 8, 16, 16), 7, 64, 64, 128,
-                                   ch=128, skip_z=False, deep=True, rgb_filters=128),
+    # Deep: every step of these channel lists is a pair of blocks; D starts with a lone convolution to its first entry. The published
+    # weights and counts are those of a last convolution with 128 filters, of which 125 are never looked at (nor computed, see Generator).
+    "biggan-deep-128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 128, **DEEP),
+    "biggan-deep-256": ModelConfig(256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 64, 64, 128, **DEEP),
+    "biggan-deep-512": ModelConfig(512, (16, 16, 8, 8, 4, 2, 1, 1), (1, 1, 2, 4, 8, 8, 16, 16), 7, 64, 64, 128, **DEEP),
 
-    # The road to BigGAN. SN-GAN with projection (Miyato & Koyama 2018); then SAGAN (Zhang et al. 2019), which adds attention, spectral
+    # The road to BigGAN: SN-GAN with projection (Miyato & Koyama 2018), then SAGAN (Zhang et al. 2019), which adds attention, spectral
     # norm in G and a wide D, as table 1 of the paper starts from it.
-    "sngan128":  ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 0, 0, 128, ch=64, shared_dim=0, skip_z=False,
-                             d_wide=False, g_sn=False),
-    "sagan128":  ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 128, ch=64, shared_dim=0, skip_z=False),
+    "sngan128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 0, 0, 128, d_wide=False, g_sn=False, **ROAD),
+    "sagan128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 128, **ROAD),
 }
 
 
 # ---------------------------------------------------------------- spectral norm
 # The largest singular value sigma of a weight matrix W says how much W can stretch a vector. Dividing W by it bounds how much a layer
-# stretches, so D cannot become arbitrarily steep; BigGAN does it in G too (section 3). sigma is found by power iteration:
+# stretches, so D cannot become arbitrarily steep; BigGAN does it in G too (section 3). (For a convolution W is the kernel as a matrix with
+# a row per filter: sliding it over an image can stretch somewhat more, a 3x3 kernel at most 3 times.) sigma is found by power iteration:
 # multiplying a vector by W and W^T in turn makes the direction that W stretches most win. W moves little from one training step to
 # the next, so it is enough to remember u, that direction on the output side, and to take one more turn in every forward pass.
 
@@ -127,7 +135,7 @@ def power_iteration(W, u, steps=1, eps=1e-12):
 class SpectralNorm:
     """Mixed into a layer with a `weight`: gives it `normalized_weight()`, the weight divided by its largest singular value.
 
-    eps=None switches it off: the weight stays as it is (SN-GAN's generator)."""
+    eps=None switches it off (SN-GAN's generator): the weight stays as it is, and so does u."""
 
     def init_u(self, eps):
         self.eps = eps
@@ -176,9 +184,9 @@ class SNEmbedding(SpectralNorm, nn.Embedding):
 
 # ---------------------------------------------------------------- resampling folded into a convolution
 # G doubles the image by repeating each pixel, then convolves; D convolves, then averages 2x2 pixels. Both pairs do needless work:
-# the repeated pixels get multiplied more than once, and three quarters of the convolved ones exist only to be averaged. As all
-# of it is linear, each pair equals *one* convolution of stride 2 with a 4x4 kernel: the 3x3 kernel laid down in four shifted
-# copies. 16 products per pixel of the small image instead of 36, and the same result up to rounding.
+# the repeated pixels get multiplied more than once, and four convolved pixels are made for each one that is kept. As all of it is
+# linear, each pair equals *one* convolution of stride 2 with a 4x4 kernel: the 3x3 kernel laid down in four shifted copies.
+# 16 products per pixel of the small image instead of 36, and the same result up to rounding.
 
 def four_shifted_copies(W):
     """(..., 3, 3) -> (..., 4, 4): the sum of W placed in each corner of a 4x4 kernel."""
@@ -205,6 +213,10 @@ def upsample(x):                                                    # (N, C, H, 
 # Batch norm shifts and scales each channel to mean 0 and variance 1 over the batch, then to a bias and a gain. In G they are how a
 # layer learns which class to draw: linear functions of a condition c, the class vector joined with a chunk of z. D has none.
 
+def precise(x):                                                     # float32 for sums and exponentials, or float64 if x has it already
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def per_channel(a):                                                 # (C,) -> (1, C, 1, 1) and (N, C) -> (N, C, 1, 1)
     return a.reshape(-1, a.shape[-1], 1, 1)
 
@@ -217,9 +229,8 @@ class Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = precise.mean((0, 2, 3))
-        var = (precise - per_channel(mean)).square().mean((0, 2, 3))
+        mean = precise(x).mean((0, 2, 3))
+        var = (precise(x) - per_channel(mean)).square().mean((0, 2, 3))
         ctx.save_for_backward(x, mean)
         return mean, var
 
@@ -253,9 +264,9 @@ class Norm(nn.Module):
                 self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var.dtype), self.momentum)
         else:
             mean, var = self.running_mean, self.running_var
-        scale = gain * torch.rsqrt(var + self.eps)                  # (C,) or (N, C), in float32
+        scale = (gain * torch.rsqrt(var + self.eps)).to(x.dtype)    # (C,) or (N, C); rounded before the shift is made to fit it
         shift = bias - mean * scale
-        return x * per_channel(scale).to(x.dtype) + per_channel(shift).to(x.dtype)
+        return x * per_channel(scale) + per_channel(shift).to(x.dtype)
 
 
 class BatchNorm(Norm):
@@ -285,12 +296,13 @@ class ConditionalBatchNorm(Norm):
             self.bias = nn.Embedding(config.n_classes, channels)
 
     def forward(self, x, c):                                        # (N, C, H, W), (N, c_dim) or (N,) -> (N, C, H, W)
-        return self.normalise(x, 1 + self.gain(c).float(), self.bias(c).float())
+        return self.normalise(x, 1 + precise(self.gain(c)), precise(self.bias(c)))
 
 
 # ---------------------------------------------------------------- self-attention
-# A convolution sees 3x3 pixels. Attention lets every position look at all others: theta asks a question, phi says what a position
-# has to offer, the softmax of their products decides whom to listen to, g is what is heard, and o maps it back to C channels.
+# A convolution sees 3x3 pixels. Attention lets every position look at all others: theta asks a question (the query of a transformer),
+# phi says what a position has to offer (the key), the softmax of their products decides whom to listen to, g is what is heard (the
+# value), and o maps it back to C channels.
 
 class SelfAttention(nn.Module):
     """x + gamma * o(attention(x)), (N, C, H, W) -> (N, C, H, W). Zhang et al. 2019 (SAGAN), as its authors' code does it.
@@ -312,7 +324,7 @@ class SelfAttention(nn.Module):
         phi = F.max_pool2d(self.phi(x), 2).flatten(2)               # (N, C/8, HW/4)
         g = F.max_pool2d(self.g(x), 2).flatten(2)                   # (N, C/2, HW/4)
         scores = theta.transpose(1, 2) @ phi                        # (N, HW, HW/4): row = who asks, column = who answers
-        weights = scores.float().softmax(-1).to(g.dtype)            # (N, HW, HW/4), every row sums to 1
+        weights = precise(scores).softmax(-1).to(g.dtype)           # (N, HW, HW/4), every row sums to 1
         heard = (g @ weights.transpose(1, 2)).view(N, C // 2, H, W)
         return x + self.gamma.to(x.dtype) * self.o(heard.contiguous(memory_format=torch.channels_last))
 
@@ -398,7 +410,7 @@ class Generator(nn.Module):
         initialise(self)
 
     def conditions(self, z, y):
-        """What the first layer receives (N, ...), and a list of what each block does (N, c_dim)."""
+        """What the first layer receives (N, ...), and a list of what each block receives: (N, c_dim), or the classes (N,)."""
         if not self.config.shared_dim:
             if y.is_floating_point():
                 raise ValueError("this generator has a class table per layer, no class vectors (shared_dim 0): y must be class indices")
@@ -407,20 +419,22 @@ class Generator(nn.Module):
         if self.config.deep:
             c = torch.cat([z, c], dim=1)                            # (N, z_dim + shared_dim)
             return c, [c] * len(self.blocks)
-        first, *chunks = z.split(self.config.z_chunk, dim=1)        # (N, z_chunk) each; no further chunks without skip-z
-        return first, [torch.cat([c, chunk], dim=1) for chunk in chunks] or [c] * len(self.blocks)
+        if not self.config.skip_z:
+            return z, [c] * len(self.blocks)
+        first, *chunks = z.split(self.config.z_chunk, dim=1)        # (N, z_chunk) each
+        return first, [torch.cat([c, chunk], dim=1) for chunk in chunks]
 
     def forward(self, z, y):                                        # (N, z_dim), (N,) or (N, shared_dim)
         first, per_block = self.conditions(z, y)
         h = self.linear(first).view(len(z), -1, 4, 4)               # (N, first width, 4, 4)
         h = h.contiguous(memory_format=torch.channels_last)         # pixels outside, channels inside: faster convolutions
-        for i, (block, c) in enumerate(zip(self.blocks, per_block), start=1):
+        for i, (block, c) in enumerate(zip(self.blocks, per_block, strict=True), start=1):
             h = block(h, c)                                         # (N, g_channels ch, H, W): narrower and larger, up to R x R
             if i == self.attention_after:
                 h = self.attention(h)
         h = F.relu(self.output_norm(h))                             # (N, last width, R, R)
         h = F.conv2d(h, self.to_rgb.normalized_weight()[:3], self.to_rgb.bias[:3], padding=1)   # (N, 3, R, R)
-        return torch.tanh(h.float())                                # (N, 3, R, R) in [-1, 1]
+        return torch.tanh(precise(h))                               # (N, 3, R, R) in [-1, 1]
 
 
 class DBlock(nn.Module):
@@ -438,8 +452,7 @@ class DBlock(nn.Module):
 
     def forward(self, x):                                           # (N, in, H, W)
         # The ReLU is not in place: the shortcut needs x as it was.
-        h = self.conv1(x if self.first else F.relu(x))              # (N, out, H, W)
-        h = F.relu(h)
+        h = F.relu(self.conv1(x if self.first else F.relu(x)))      # (N, middle, H, W)
         if not self.down:
             return self.conv2(h) + self.conv_sc(x)                  # (N, out, H, W)
         h = conv3x3_downsample(h, self.conv2.normalized_weight(), self.conv2.bias)  # (N, out, H/2, W/2)
@@ -506,13 +519,13 @@ class Discriminator(nn.Module):
             if i == self.attention_after:
                 h = self.attention(h)
         with torch.autocast(x.device.type, enabled=False):          # the logits in full precision
-            h = F.relu(h).to(self.linear.weight.dtype).sum((2, 3))  # (N, last width); a sum, not a mean
+            h = F.relu(precise(h)).sum((2, 3))                      # (N, last width); a sum, not a mean, since SN-GAN
             # Projection (Miyato & Koyama 2018): how real it looks at all, plus how well it points in its class's direction.
             return self.linear(h).squeeze(1) + (self.embed(y) * h).sum(1)   # (N,)
 
 
 def initialise(network):
-    """Orthogonal weights (section 3), zero biases: at the start no layer stretches or squashes what passes through it."""
+    """Orthogonal weights (section 3), zero biases: at the start all singular values of every weight matrix are 1."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding)):
             nn.init.orthogonal_(module.weight)
@@ -521,8 +534,9 @@ def initialise(network):
 
 
 # ---------------------------------------------------------------- losses
-# BigGAN's is the hinge. The others are for comparison. Of two densities p (real) and q (generated) at a point, each loss leads the best
-# possible D to answer something else there: hinge the sign of p - q, non-saturating log(p / q), least squares p / (p + q).
+# BigGAN's is the hinge (Lim & Ye 2017, Tran et al. 2017). The others are for comparison. Where real images have density p and generated
+# ones q, each loss leads the best possible D to another answer: hinge the sign of p - q, non-saturating log(p / q), least squares
+# p / (p + q). The answer is called a logit here, whatever the loss.
 
 def hinge_loss_d(real_logits, fake_logits):
     """D wants real logits above 1 and fake ones below -1; beyond that it has nothing to gain. (N,), (M,) -> scalar."""
@@ -554,19 +568,23 @@ def least_squares_loss_g(fake_logits):
 
 
 def wasserstein_loss_d(real_logits, fake_logits):
-    """The difference itself, without a margin; bounded only by `gradient_penalty` (Gulrajani et al. 2017). -> scalar."""
+    """Mean fake minus mean real logit (Arjovsky et al. 2017). `gradient_penalty` keeps D from just growing. -> scalar."""
     return fake_logits.mean() - real_logits.mean()
 
 
-LOSSES = {"hinge": (hinge_loss_d, hinge_loss_g), "non-saturating": (nonsaturating_loss_d, nonsaturating_loss_g),
-          "least-squares": (least_squares_loss_d, least_squares_loss_g), "wgan-gp": (wasserstein_loss_d, hinge_loss_g)}
+LOSSES = {  # D's loss, G's loss, and the logit above which D takes an image for real; wgan-gp cares for differences only and has none
+    "hinge": (hinge_loss_d, hinge_loss_g, 0.0),
+    "non-saturating": (nonsaturating_loss_d, nonsaturating_loss_g, 0.0),
+    "least-squares": (least_squares_loss_d, least_squares_loss_g, 0.5),
+    "wgan-gp": (wasserstein_loss_d, hinge_loss_g, None),            # G wants the same as under the hinge
+}
 
 
 # ---------------------------------------------------------------- penalties
-# What is added to a loss to keep a network tame. BigGAN itself uses one, orthogonal regularisation on G. Section 4 tries the others
-# against the collapse that ends long runs; they work, at a price in quality that the authors did not want to pay.
+# What is added to a loss to keep a network tame. BigGAN itself uses one, orthogonal regularisation on G. Section 4.2 tries R1 on D
+# against the collapse that ends long runs: it works, at a price in quality that the authors did not want to pay.
 
-def slope(D, x, y):
+def squared_slope(D, x, y):
     """How steep D is at each image: the squared length of d D(x, y) / dx, one number per image (N,). Can itself be differentiated."""
     x = x.detach().requires_grad_()
     # The sum's gradient holds each image's own, since D looks at every image by itself.
@@ -577,22 +595,22 @@ def slope(D, x, y):
 def r1_penalty(D, x, y):
     """1/2 E |d D(x, y) / dx|^2 over real images: D must not be steep where the data are (Mescheder et al. 2018; section 4.2).
 
-    x (N, 3, R, R), y (N,) -> scalar. The weight is left out; the paper's gamma 10 stops collapse and costs 45% of the Inception score."""
-    return slope(D, x, y).mean() / 2
+    x (N, 3, R, R), y (N,) -> scalar. The weight gamma is left out; the paper's 10 stops collapse and costs 45% of its quality score."""
+    return squared_slope(D, x, y).mean() / 2
 
 
 def gradient_penalty(D, real, fake, y, mix):
     """E (|d D(x, y) / dx| - 1)^2 over x on the straight lines from real to generated images (Gulrajani et al. 2017). -> scalar.
 
-    mix (N,) says where on its line each x lies, 0 at the real end and 1 at the generated one. y (N,) are the real images' classes."""
-    x = torch.lerp(real, fake.to(real.dtype), mix.reshape(-1, 1, 1, 1))
-    return ((slope(D, x, y) + 1e-12).sqrt() - 1).square().mean()    # 1e-12: the root of 0 has no derivative
+    mix (N,) says where on its line each x lies, 0 at the real end and 1 at the generated one. Both ends are of the classes y (N,)."""
+    x = torch.lerp(real, fake, mix.reshape(-1, 1, 1, 1))
+    return ((squared_slope(D, x, y) + 1e-12).sqrt() - 1).square().mean()    # 1e-12: the root of 0 has no derivative
 
 
 def orthogonal_penalty(W, off_diagonal=True):
     """|| W W^T * (1 - I) ||_F^2, where the rows of W (out, ...) are the filters: how far filters are from right angles.
 
-    It keeps G smooth, so that it copes with truncated noise (below), which it has not seen in training (section 3.1).
+    It keeps G smooth, so that it copes with truncated noise (below), of which it has seen little in training (section 3.1).
     The paper has filters as columns and writes W^T W. Leaving out the diagonal leaves the filters' lengths free;
     off_diagonal=False gives the older form || W W^T - I ||_F^2. The factor beta is left out. Returns a scalar."""
     W = W.flatten(1)
@@ -612,41 +630,48 @@ def orthogonal_regularisation(G):
 
 
 # ---------------------------------------------------------------- watching and restraining the singular values (section 4.1)
-# Before G collapses, the largest singular value sigma_0 of its layers' weights, the first layer's above all, grows faster and faster.
-# Spectral norm hides that from the output, but not from the optimiser. Watch the first three; or hold the first one down.
+# Before a run collapses, the largest singular value sigma_0 of some of G's weights, the first layer's above all, grows faster and faster.
+# Spectral norm hides that from the output, but not from the optimiser. Watch the first three; or hold the first one down, which by
+# itself, says the paper, does not prevent the collapse.
 
 @torch.no_grad()
 def singular_values(W, k=3):
     """The k largest singular values of W (out, ...) -> (k,) or fewer, largest first: the square roots of the largest eigenvalues
-    of W W^T, or of W^T W where that is smaller, which has the same ones."""
-    W = W.flatten(1).float()
+    of W W^T, or of W^T W where that is smaller, which has the same ones. NaN where W is not finite."""
+    W = W.flatten(1)
     gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+    if not gram.isfinite().all():                                   # of which eigvalsh would make an exception
+        return gram.new_full((min(k, len(gram)),), math.nan)
     return torch.linalg.eigvalsh(gram).flip(0)[:k].clamp(min=0).sqrt()
 
 
-def sigma_excess(W, u, fixed=None, ratio=None):
-    """By how much sigma_0 exceeds what it should be: `fixed`, or `ratio` times sigma_1, which counts as a constant.
+def sigma_excess(W, fixed=None, ratio=None):
+    """By how much sigma_0 of W (out, ...) exceeds a goal: `fixed`, or `ratio` times sigma_1, which counts as a constant.
 
-    u (out,), near the first left singular vector, is moved closer in place. Returns the excess (through which gradients reach W)
-    and the singular vectors u (out,) and v (everything else,)."""
-    sigma_0, new_u, v = power_iteration(W.flatten(1), u)
-    u.copy_(new_u)
-    goal = fixed if fixed is not None else ratio * singular_values(W, 2)[1]
-    return sigma_0 - goal, new_u, v
+    Returns the excess, through which gradients reach W, and the singular vectors u (out,) and v (everything else,). They are exact,
+    which takes a full decomposition of every layer at every step: a tenth of a second or more for the widest ones."""
+    W = W.flatten(1)
+    with torch.no_grad():
+        small = W if W.shape[0] <= W.shape[1] else W.T
+        squares, vectors = torch.linalg.eigh((small @ small.T).nan_to_num(0, 0, 0))     # ascending; sigma_0 below will show a NaN
+        start = vectors[:, -1] if small is W else W @ vectors[:, -1]
+        goal = fixed if fixed is not None else ratio * squares[-2].sqrt()
+    sigma_0, u, v = power_iteration(W, start)                       # starts at the answer
+    return sigma_0 - goal, u, v
 
 
 def sigma_pull(G, fixed=None, ratio=None):
     """Sum over G's layers of the squared excess: a penalty that pulls sigma_0 to its goal, from above and from below. -> scalar."""
     layers = [m for m in G.modules() if isinstance(m, SpectralNorm)]
-    return sum(sigma_excess(m.weight, m.u, fixed, ratio)[0].square() for m in layers)
+    return sum(sigma_excess(m.weight, fixed, ratio)[0].square() for m in layers)
 
 
 @torch.no_grad()
 def clamp_sigma(G, fixed=None, ratio=None):
-    """W <- W - max(0, excess) u v^T in every layer of G: lowers sigma_0 to its bound at once and leaves the other ones alone."""
+    """W <- W - max(0, excess) u v^T in every layer of G: lowers sigma_0 to the goal at once and leaves the other ones alone."""
     for m in G.modules():
         if isinstance(m, SpectralNorm):
-            excess, u, v = sigma_excess(m.weight, m.u, fixed, ratio)
+            excess, u, v = sigma_excess(m.weight, fixed, ratio)
             m.weight -= (excess.clamp(min=0) * torch.outer(u, v)).view_as(m.weight)
 
 

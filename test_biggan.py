@@ -133,6 +133,10 @@ def test_a_configuration_that_cannot_work_is_refused():
         dataclasses.replace(MODELS["biggan128"], deep=True)
     with pytest.raises(ValueError, match="deep needs a shared_dim"):
         dataclasses.replace(MODELS["biggan-deep-128"], shared_dim=0)
+    with pytest.raises(ValueError, match="never grow"):
+        dataclasses.replace(MODELS["biggan-deep-128"], g_channels=(16, 8, 16, 4, 2, 1))
+    with pytest.raises(ValueError, match="rgb_filters"):
+        dataclasses.replace(MODELS["biggan128"], rgb_filters=1)
 
 
 def test_weights_begin_orthogonal_and_biases_zero():
@@ -367,7 +371,7 @@ def test_conditional_batch_norm_equals_torchs_in_values_and_gradients():
     gain, bias = 1 + c2 @ ours.gain.normalized_weight().T, c2 @ ours.bias.normalized_weight().T
     plain = F.batch_norm(x2, None, None, training=True, eps=1e-4)
     a, b = ours(x, c), plain * gain[:, :, None, None] + bias[:, :, None, None]
-    close(a, b, 1e-5)                                                   # gain and bias are rounded to float32 on the way
+    close(a, b, 1e-10)
     close(torch.cat([v.flatten() for v in torch.autograd.grad(a, (x, c, ours.gain.weight, ours.bias.weight), g)]),
           torch.cat([v.flatten() for v in torch.autograd.grad(b, (x2, c2, ours.gain.weight, ours.bias.weight), g)]), 1e-5)
 
@@ -514,6 +518,8 @@ def test_sagan_has_a_class_table_per_layer_and_gives_all_of_z_to_the_first():
     close(G(z, y), G.to_rgb(G.output_norm(h).clamp(min=0)).tanh(), 1e-5)
     with pytest.raises(ValueError, match="y must be class indices"):
         G(z, torch.randn(2, 128))
+    with pytest.raises(ValueError):                                     # a chunk too many is not ignored
+        Generator(small())(torch.randn(2, 160), y)
     shared = Generator(small("sagan128", shared_dim=12)).eval()         # row 6 of table 1: class vectors, no skip-z
     close(shared(z, shared.shared(y)), shared(z, y))
     assert shared.blocks[0].bn1.gain.in_features == 12 and shared.linear.in_features == 128
@@ -662,12 +668,12 @@ def test_r1_of_the_real_d_equals_torchs_jacobian_and_finite_differences():
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
 def test_a_linear_gan_circles_its_target_for_ever_and_spirals_in_under_r1(gamma):
-    """The Dirac-GAN (Mescheder et al. 2018), once per class: real images N(mu_y, 1), G(z, y) = theta_y + z, D(x, y) = psi_y x.
+    """After the Dirac-GAN (Mescheder et al. 2018), once per class: real images mu_y + z, G(z, y) = theta_y + z, D(x, y) = psi_y x.
 
     In steps that are infinitely small (here: Runge-Kutta) the error e = theta - mu and psi obey, with time in units of two,
     e' = psi and psi' = -e - gamma psi: a pendulum that only friction stops. One whole turn takes 2 pi."""
     mu, z, y = torch.tensor([2.0, -2.0], dtype=torch.float64), torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.tensor([0, 0, 1, 1])
-    loss_d, loss_g = LOSSES["wgan-gp"]
+    loss_d, loss_g, _ = LOSSES["wgan-gp"]
 
     def velocity(state):                                                # minus the gradients of the two losses
         theta, psi = (part.clone().requires_grad_() for part in state)
@@ -745,14 +751,13 @@ def test_singular_values_are_the_diagonals_entries_and_torchs():
 
 
 class Layers(nn.Module):
-    """A network of one layer whose weight has the given singular values, and whose u has converged."""
+    """A network of one layer whose weight has the given singular values."""
 
     def __init__(self, singular, shape=(5, 4)):
         super().__init__()
         self.layer = SNLinear(shape[1], shape[0], 1e-12).double()
         U, _, Vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
         self.layer.weight.data = U @ torch.diag(torch.tensor(singular, dtype=torch.float64)) @ Vh
-        self.layer.u.copy_(U[:, 0])
         self.u, self.v = U[:, 0], Vh[0]
 
 
@@ -773,13 +778,18 @@ def test_the_pulls_gradient_is_twice_the_excess_times_u_v():
         close(G.layer.weight.grad, 2 * excess * torch.outer(G.u, G.v), 1e-5)
 
 
-def test_the_singular_vector_follows_the_weight_while_it_is_held():
+def test_the_clamp_takes_one_singular_value_after_the_other():
+    # A goal below sigma_1: each call lowers what is then the largest.
+    G = Layers([5.0, 4.0, 2.0, 1.0], shape=(4, 6))
+    for expected in ([4, 3, 2, 1], [3, 3, 2, 1], [3, 3, 2, 1]):
+        clamp_sigma(G, fixed=3.0)
+        close(torch.linalg.svdvals(G.layer.weight.detach()), expected)
+
+
+def test_weights_that_are_not_finite_do_not_look_sound():
     G = Layers([5.0, 3.0, 2.0, 1.0])
-    nn.init.constant_(G.layer.u, 1 / math.sqrt(5))                      # far from converged
-    for _ in range(100):
-        excess, u, v = sigma_excess(G.layer.weight, G.layer.u, fixed=3.0)
-    close(excess, 2), close((u @ G.u).abs(), 1), close((v @ G.v).abs(), 1)
-    assert torch.equal(G.layer.u, u)
+    G.layer.weight.data[0, 0] = math.nan
+    assert singular_values(G.layer.weight).isnan().all() and sigma_excess(G.layer.weight, ratio=2.0)[0].isnan()
 
 
 # ---------------------------------------------------------------- truncation, averages, standing statistics
@@ -1087,6 +1097,7 @@ def test_a_step_is_two_updates_of_d_one_of_g_and_one_of_the_average(loss, r1):
     assert not torch.equal(noise[1][0], noise[2][0]) and not torch.equal(batches[0][0], batches[1][0])
     logged = t.train_step(iter(batches))
     for (x, y), (z, fake_y, mix) in zip(batches, noise[1:]):
+        fake_y = y if loss == "wgan-gp" else fake_y
         adam[D].zero_grad()
         naive_loss_d(loss, r1, D, x, y, G(z, fake_y).detach(), fake_y, mix).backward()
         adam[D].step()
@@ -1157,7 +1168,7 @@ def test_a_step_of_two_parameters_on_paper():
 
 
 def test_the_bound_on_singular_values_holds_in_training():
-    # Fast steps let sigma_0 grow. One turn of the power iteration per step follows a little behind, so the bound gives a little.
+    # Fast steps let sigma_0 grow. Only one singular value is lowered per step and several grow, so the bound gives a little.
     def largest(*options):
         t, real = trainer("--g-lr", "2e-3", *options)
         for _ in range(30):
@@ -1168,7 +1179,7 @@ def test_the_bound_on_singular_values_holds_in_training():
     assert free > 1.15 and free_ratio > 1.08
     assert largest("--sigma-fixed", 1.02)[0] < 1.1
     assert largest("--sigma-ratio", 1.05)[1] < 1.06
-    assert largest("--sigma-fixed", 1.0, "--sigma-pull", 100)[0] < 1.1
+    assert largest("--sigma-fixed", 1.0, "--sigma-pull", 100)[0] < 1.15
 
 
 def test_spectra_names_every_layer_and_measures_the_weights_before_spectral_norm():
@@ -1189,6 +1200,7 @@ def test_ds_memory_is_the_share_of_real_images_with_positive_logits():
     t.D.train()
     assert t.share_called_real(images, labels) == pytest.approx(0.69)
     assert t.D.training and torch.equal(t.D.linear.u, u)                # looking has changed nothing
+    assert [trainer("--loss", name)[0].border for name in LOSSES] == [0, 0, 0.5, None]
 
 
 def test_held_out_shapes_are_other_shapes_of_the_same_classes():
@@ -1462,6 +1474,7 @@ def test_a_data_folder_of_the_wrong_shape_is_refused(tmp_path, monkeypatch, caps
     (["--preset", "shapes", "--gp", "5"], "--gp belongs to --loss wgan-gp, not to hinge"),
     (["--preset", "shapes", "--r1", "-1"], "--r1 must be 0 or more"),
     (["--preset", "shapes", "--sigma-fixed", "0"], "--sigma-fixed must be above 0"),
+    (["--preset", "shapes", "--sigma-ratio", "0.9"], "--sigma-ratio must be at least 1"),
     (["--preset", "shapes", "--sigma-fixed", "2", "--sigma-ratio", "2"], "exclude each other"),
     (["--preset", "shapes", "--sigma-pull", "1"], "--sigma-pull needs a goal"),
     (["--preset", "shapes", "--shared-dim", "0"], "--shared-dim 0 does not go with --model shapes32: skip_z needs"),

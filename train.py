@@ -52,7 +52,7 @@ class Settings:
     data: str = option(None, "folder with one sub-folder of images per class, or 'shapes'")
     out: str = option(None, "run folder (default: runs/PRESET)")
     model: str = option("biggan128", f"architecture, one of {', '.join(MODELS)}")
-    ch: int = option(96, "width: the number all channel counts are multiples of")
+    ch: int = option(None, "width: the number all channel counts are multiples of (default: the model's, 96 for biggan128)")
     shared_dim: int = option(None, "length of the class vector all layers of G share; 0: a class table in each (default: the model's)")
     steps: int = option(150_000, "optimiser steps of G")
     batch: int = option(2048, "real images per D step, and generated images per step of either network")
@@ -66,9 +66,9 @@ class Settings:
     gp: float = option(10.0, "weight of the gradient penalty that --loss wgan-gp adds")
     ortho: float = option(1e-4, "beta, the weight of orthogonal regularisation on G")
     r1: float = option(0.0, "gamma, the weight of the R1 penalty on D; the paper tried 10 and 1 (section 4.2)")
-    sigma_fixed: float = option(None, "bound for the largest singular value of every layer of G (section 4.1)")
-    sigma_ratio: float = option(None, "the same bound as a multiple of the layer's second largest singular value")
-    sigma_pull: float = option(0.0, "weight of a penalty that pulls it to the bound; 0 clamps it to the bound after every step")
+    sigma_fixed: float = option(None, "lower the largest singular value of every layer of G to this value after every step (section 4.1)")
+    sigma_ratio: float = option(None, "lower it to this multiple of the layer's second largest one instead")
+    sigma_pull: float = option(0.0, "rather than lowering it, pull it there, from either side, by a penalty of this weight")
     ema: float = option(0.9999, "decay of the averaged generator")
     ema_start: int = option(20_000, "step from which G is averaged; before it the average follows G")
     flip: int = option(1, "1 mirrors each real image with probability 1/2; 0 never does")
@@ -84,28 +84,31 @@ class Settings:
 
 
 PRESETS = {  # what differs from the defaults above
-    "shapes": dict(data="shapes", model="shapes32", ch=32, steps=3000, batch=64, d_steps=1, g_lr=2e-4, d_lr=4e-4, beta2=0.99,
+    "shapes": dict(data="shapes", model="shapes32", steps=3000, batch=64, d_steps=1, g_lr=2e-4, d_lr=4e-4, beta2=0.99,
                    ema=0.998, ema_start=200, flip=0, sample_every=250, save_every=250, eval_every=250),
-    "cifar10": dict(model="biggan32", ch=64, steps=100_000, batch=64, d_steps=4, g_lr=2e-4, ema_start=1000),
-    "imagenet64": dict(model="biggan64", ch=64),
+    "cifar10": dict(model="biggan32", steps=100_000, batch=64, d_steps=4, g_lr=2e-4, ema_start=1000),
+    "imagenet64": dict(model="biggan64"),
     "imagenet128": dict(),
     "imagenet256": dict(model="biggan256"),
     "imagenet512": dict(model="biggan512"),
-    "imagenet128-deep": dict(model="biggan-deep-128", ch=128),
-    "imagenet256-deep": dict(model="biggan-deep-256", ch=128, g_lr=2.5e-5, d_lr=2.5e-5),
-    "imagenet512-deep": dict(model="biggan-deep-512", ch=128, g_lr=2.5e-5, d_lr=2.5e-5),
+    "imagenet128-deep": dict(model="biggan-deep-128"),
+    "imagenet256-deep": dict(model="biggan-deep-256", g_lr=2.5e-5, d_lr=2.5e-5),
+    "imagenet512-deep": dict(model="biggan-deep-512", g_lr=2.5e-5, d_lr=2.5e-5),
 
-    # The road: SN-GAN (Miyato & Koyama 2018), then the rows of the paper's table 1, which begin with SAGAN (Zhang et al. 2019).
-    "sngan128": dict(model="sngan128", ch=64, steps=450_000, batch=64, d_steps=5, g_lr=2e-4, beta2=0.9, ortho=0.0),
-    "table1-row1": dict(model="sagan128", ch=64, steps=1_000_000, batch=256, d_steps=1, g_lr=1e-4, d_lr=4e-4, beta2=0.9, ortho=0.0),
-    "table1-row2": dict(model="sagan128", ch=64, steps=1_000_000, batch=512, ortho=0.0),    # half the learning rates, two D steps
-    "table1-row3": dict(model="sagan128", ch=64, steps=1_000_000, batch=1024, ortho=0.0),   # larger batches ...
-    "table1-row4": dict(model="sagan128", ch=64, steps=732_000, ortho=0.0),
-    "table1-row5": dict(model="sagan128", steps=295_000, ortho=0.0),                        # wider
-    "table1-row6": dict(model="sagan128", shared_dim=128, steps=185_000, ortho=0.0),        # shared class vectors
-    "table1-row7": dict(steps=152_000, ortho=0.0),                                          # z cut into chunks: biggan128
-    "table1-row8": dict(steps=165_000),                                                     # orthogonal regularisation
-    "table1-row9": dict(ch=64, steps=371_000),                                              # narrower again
+    # The road: SN-GAN (Miyato & Koyama 2018), then the rows of the paper's table 1, each with what is new in it.
+    "sngan128": dict(model="sngan128", steps=450_000, batch=64, d_steps=5, g_lr=2e-4, beta2=0.9, ortho=0.0),
+    # SAGAN (Zhang et al. 2019) ...
+    "table1-row1": dict(model="sagan128", steps=1_000_000, batch=256, d_steps=1, g_lr=1e-4, d_lr=4e-4, beta2=0.9, ortho=0.0),
+    # ... half the learning rates and two D steps, on twice the batch; larger batches
+    "table1-row2": dict(model="sagan128", steps=1_000_000, batch=512, ortho=0.0),
+    "table1-row3": dict(model="sagan128", steps=1_000_000, batch=1024, ortho=0.0),
+    "table1-row4": dict(model="sagan128", steps=732_000, ortho=0.0),
+    # wider; class vectors shared by all layers of G; z cut into chunks (biggan128); orthogonal regularisation; narrower again
+    "table1-row5": dict(model="sagan128", ch=96, steps=295_000, ortho=0.0),
+    "table1-row6": dict(model="sagan128", ch=96, shared_dim=128, steps=185_000, ortho=0.0),
+    "table1-row7": dict(steps=152_000, ortho=0.0),
+    "table1-row8": dict(steps=165_000),
+    "table1-row9": dict(ch=64, steps=371_000),
 }
 
 # These may differ when a run is continued: they change where and how long, not what is computed.
@@ -115,8 +118,8 @@ FREE_TO_CHANGE = {"data", "out", "held_out", "steps", "workers", "log_every", "s
 def parse_settings(arguments):
     """Command line -> Settings: the defaults, then the preset, then what was typed. Refuses what cannot work."""
     parser = Parser(description=__doc__)
-    spelled_out = {name: " ".join(f"--{key.replace('_', '-')} {value}" for key, value in preset.items()) for name, preset in PRESETS.items()}
-    parser.epilog = "presets, as the options they stand for:\n" + "\n".join(f"  {name:<18}{text}" for name, text in spelled_out.items())
+    spell = lambda preset: " ".join(f"--{name.replace('_', '-')} {value}" for name, value in preset.items()) or "the defaults"
+    parser.epilog = "presets, as the options they stand for:\n" + "\n".join(f"  {name:<18}{spell(p)}" for name, p in PRESETS.items())
     for f in dataclasses.fields(Settings):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default is not None else "")
         choices = {"preset": list(PRESETS), "model": list(MODELS), "loss": list(LOSSES), "precision": ["auto", "fp32", "bf16"]}
@@ -125,12 +128,16 @@ def parse_settings(arguments):
     typed = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     preset = typed.get("preset", Settings.preset)
     s = Settings(**{**PRESETS[preset], **typed})
+    for name in "ch", "shared_dim":
+        if getattr(s, name) is None:
+            setattr(s, name, getattr(MODELS[s.model], name))
     for name in ("ch", "steps", "batch", "micro_batch", "d_steps", "log_every", "sample_every", "save_every", "eval_every", "keep"):
         if getattr(s, name) is not None and getattr(s, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
-    for name in "sigma_fixed", "sigma_ratio":
-        if getattr(s, name) is not None and not 0 < getattr(s, name) < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}")
+    if s.sigma_fixed is not None and not 0 < s.sigma_fixed < float("inf"):
+        parser.error(f"--sigma-fixed must be above 0, not {s.sigma_fixed}")
+    if s.sigma_ratio is not None and not 1 <= s.sigma_ratio < float("inf"):
+        parser.error(f"--sigma-ratio must be at least 1, not {s.sigma_ratio}: the largest cannot be below the second largest")
     for name in ("g_lr", "d_lr", "gp", "ortho", "r1", "sigma_pull", "shared_dim", "seed", "ema_start", "workers"):
         if getattr(s, name) is not None and not 0 <= getattr(s, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(s, name)}")
@@ -166,8 +173,7 @@ def parse_settings(arguments):
 
 def model_config(s, n_classes):
     """The architecture that the settings ask for. Raises ValueError if they contradict each other."""
-    config = dataclasses.replace(MODELS[s.model], ch=s.ch, n_classes=n_classes)
-    return config if s.shared_dim is None else dataclasses.replace(config, shared_dim=s.shared_dim)
+    return dataclasses.replace(MODELS[s.model], ch=s.ch, shared_dim=s.shared_dim, n_classes=n_classes)
 
 
 # ---------------------------------------------------------------- data
@@ -401,7 +407,7 @@ class Trainer:
         self.opt_G = torch.optim.Adam(self.G.parameters(), s.g_lr, (s.beta1, s.beta2), fused=True)
         self.opt_D = torch.optim.Adam(self.D.parameters(), s.d_lr, (s.beta1, s.beta2), fused=True)
         self.ema = EMA(self.G, s.ema, s.ema_start)
-        self.loss_d, self.loss_g = LOSSES[s.loss]
+        self.loss_d, self.loss_g, self.border = LOSSES[s.loss]
         self.step = 0
         self.micro = s.micro_batch or s.batch
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
@@ -427,6 +433,8 @@ class Trainer:
             self.opt_D.zero_grad()
             real, real_y = next(real_batches)
             for x, y, (z, fake_y, mix) in zip(real.split(self.micro), real_y.split(self.micro), self.noise(part)):
+                if s.loss == "wgan-gp":
+                    fake_y = y                                      # the penalty's lines join images of one class
                 with self.autocast():
                     with torch.no_grad():
                         fake = self.G(z, fake_y)
@@ -476,12 +484,12 @@ class Trainer:
 
     @torch.no_grad()
     def share_called_real(self, images, labels):
-        """Of real images (N, R, R, 3) uint8, the share that D takes for real: its logit is above 0."""
+        """Of real images (N, R, R, 3) uint8, the share that D takes for real."""
         self.D.eval()
         with self.autocast():
             logits = [self.D(to_network(x, self.device), y.to(self.device)) for x, y in zip(images.split(64), labels.split(64))]
         self.D.train()
-        return (torch.cat(logits) > 0).float().mean().item()
+        return (torch.cat(logits) > self.border).float().mean().item()
 
     def parts(self):
         return {"G": self.G, "D": self.D, "G_ema": self.ema.model, "opt_G": self.opt_G, "opt_D": self.opt_D}
@@ -667,7 +675,7 @@ def look_closer(trainer, data, held_out, s):
     entry = {"sigma": trainer.spectra()}
     highest = {network: max((sigmas[0], name) for name, sigmas in entry["sigma"].items() if name.startswith(network)) for network in "GD"}
     text = "largest sigma_0: " + ", ".join(f"{sigma:.3g} in {name}" for sigma, name in highest.values())
-    if held_out:
+    if held_out and trainer.border is not None:
         for name, images in ("training", data), ("held_out", held_out):
             entry[f"D_calls_{name}_real"] = trainer.share_called_real(*some_images(images, 512, s.seed))
         text += (f"; D calls {entry['D_calls_training_real']:.0%} of training "
