@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, SpectralNorm, clamp_sigma, gradient_penalty,
+from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, SpectralNorm, clamp_sigma, gradient_penalty,
                     orthogonal_regularisation, r1_penalty, sigma_pull, singular_values, standing_statistics, truncated_normal)
 from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw, image_grid, newest_checkpoint, pick_device, run,
                     save_atomically, warn)
@@ -543,6 +543,8 @@ def refuse_differences(out, described):
         before = dict(json.loads((out / "config.json").read_text()))
     except (ValueError, TypeError, FileNotFoundError):
         raise UserError(f"{out} has checkpoints but no readable config.json; restore it or choose another --out") from None
+    # A setting that did not exist yet when the run began had its default.
+    before = {**{f.name: f.default for kind in (ModelConfig, Settings) for f in dataclasses.fields(kind)}, **before}
     differences = [f"{name} was {short(before.get(name))} and is now {short(value)}" for name, value in described.items()
                    if name not in FREE_TO_CHANGE and before.get(name) != value]
     if differences:
