@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -221,25 +222,46 @@ def per_channel(a):                                                 # (C,) -> (1
     return a.reshape(-1, a.shape[-1], 1, 1)
 
 
+def processes():                                                    # how many work together, one per GPU
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():                                                         # which of them this one is, from 0
+    return dist.get_rank() if processes() > 1 else 0
+
+
 class Moments(torch.autograd.Function):
-    """Mean and variance of each channel over a batch. x (N, C, H, W) -> two (C,), float32 or better.
+    """Mean and variance of each channel over the batch of all processes. x (N, C, H, W) -> two (C,), float32 or better.
 
     The derivative is written out because it is one pass over x instead of the many that autograd would record:
-    with n = N H W,  d mean / dx = 1 / n  and  d var / dx = 2 (x - mean) / n."""
+    with n = N H W,  d mean / dx = 1 / n  and  d var / dx = 2 (x - mean) / n.
+
+    Cross-replica batch norm (appendix C): where several processes each hold an equal share of the batch, the moments are those of the
+    whole batch, and so are the derivatives: every process's loss depends on every process's x."""
 
     @staticmethod
     def forward(ctx, x):
         mean = precise(x).mean((0, 2, 3))
         var = (precise(x) - per_channel(mean)).square().mean((0, 2, 3))
+        if processes() > 1:                                         # variance of the whole = mean of variances + variance of means
+            own = torch.stack([mean, var])
+            shares = [torch.empty_like(own) for _ in range(processes())]
+            dist.all_gather(shares, own)
+            means, variances = torch.stack(shares, dim=1)           # (processes, C) each
+            mean = means.mean(0)
+            var = (variances + (means - mean).square()).mean(0)
         ctx.save_for_backward(x, mean)
         return mean, var
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
         x, mean = ctx.saved_tensors
-        n = x.numel() // x.shape[1]
-        slope = 2 * grad_var / n
-        offset = grad_mean / n - slope * mean
+        grads = torch.stack([grad_mean, grad_var])
+        if processes() > 1:
+            dist.all_reduce(grads)                                  # the sum of what all processes' losses ask for
+        n = processes() * x.numel() // x.shape[1]
+        slope = 2 * grads[1] / n
+        offset = grads[0] / n - slope * mean
         return torch.addcmul(per_channel(offset).to(x.dtype), x, per_channel(slope).to(x.dtype))
 
 
@@ -258,7 +280,7 @@ class Norm(nn.Module):
         """gain * (x - mean) / sqrt(var + eps) + bias. x (N, C, H, W); gain and bias (C,) or (N, C)."""
         if self.training:
             mean, var = Moments.apply(x)
-            n = x.numel() // x.shape[1]
+            n = processes() * x.numel() // x.shape[1]
             with torch.no_grad():                                   # n / (n - 1): the unbiased estimate is the one to keep
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var.dtype), self.momentum)
@@ -715,18 +737,21 @@ def standing_statistics(G, batches=100, batch_size=64, truncation=math.inf, seed
     """Replace the running averages in G's batch norms by exact averages over freshly drawn images (appendix C).
 
     The averages that training leaves behind lag behind the weights, and they belong to untruncated noise: truncated noise has other
-    moments, and samples drawn with the wrong ones are washed out. Classes are drawn uniformly. Leaves G in eval mode."""
+    moments, and samples drawn with the wrong ones are washed out. Classes are drawn uniformly. Several processes share the work and
+    must all call it. Leaves G in eval mode."""
     device = next(G.parameters()).device
     norms = [m for m in G.eval().modules() if isinstance(m, Norm)]
     generator = torch.Generator().manual_seed(seed)
+    share = -(-batch_size // processes())                           # rounded up, since all shares must be equal
+    mine = slice(rank() * share, (rank() + 1) * share)
     for norm in norms:
         norm.training = True                                        # of the norm alone: the layers inside it stay in eval mode
     for k in range(batches):
         for norm in norms:
             norm.momentum = 1 / (k + 1)                             # then the running average is the mean of all k + 1 batches
-        z = truncated_normal((batch_size, G.config.z_dim), truncation, generator)
-        y = torch.randint(G.config.n_classes, (batch_size,), generator=generator)
-        G(z.to(device), y.to(device))
+        z = truncated_normal((share * processes(), G.config.z_dim), truncation, generator)
+        y = torch.randint(G.config.n_classes, (share * processes(),), generator=generator)
+        G(z[mine].to(device), y[mine].to(device))
     for norm in norms:
         norm.momentum = Norm.momentum
     return G.eval()

@@ -61,7 +61,8 @@ def run(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":                      # of several processes they all know, and one says it
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}; free or choose another", file=sys.stderr)

@@ -14,6 +14,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1053,7 +1054,7 @@ def test_every_shape_is_drawn_inside_its_picture_and_reproducibly():
 
 def test_every_epoch_shows_each_image_once_and_may_be_entered_anywhere():
     def first(position, batches, batch=4):
-        order = iter(train.Order(10, batch, position, seed=1, flip=1))
+        order = iter(train.Order(10, batch, position, seed=1, flip=1, rows=range(batch)))
         return [item for _ in range(batches) for item in next(order)]
     all_items = first(0, 10)
     for epoch in range(4):
@@ -1061,7 +1062,7 @@ def test_every_epoch_shows_each_image_once_and_may_be_entered_anywhere():
     assert all_items[:10] != all_items[10:20]
     assert first(12, 2) == all_items[12:20] and first(0, 5, batch=8) == all_items
     assert 8 < sum(mirror for _, mirror in all_items) < 32
-    assert not any(mirror for _, mirror in next(iter(train.Order(10, 10, 0, seed=1, flip=0))))
+    assert not any(mirror for _, mirror in next(iter(train.Order(10, 10, 0, seed=1, flip=0, rows=range(10)))))
 
 
 # ---------------------------------------------------------------- training
@@ -1319,7 +1320,7 @@ def test_stopping_and_continuing_equals_never_stopping(tmp_path):
 
 
 def run_command(script, *arguments, **options):
-    return subprocess.Popen([sys.executable, HERE / script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, script if script == "-m" else HERE / script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
 
@@ -1412,6 +1413,99 @@ def test_a_run_that_has_become_nan_stops_and_keeps_its_checkpoints(tmp_path):
         start(*TINY, "--out", tmp_path / "s", "--steps", 100, "--g-lr", "1e30", "--d-lr", "1e30")
     for path in (tmp_path / "s" / "checkpoints").glob("*.pt"):
         assert all(p.isfinite().all() for p in sample.read_checkpoint(path)["G"].values())
+
+
+# ---------------------------------------------------------------- several processes
+
+def normalise_a_part(rank, port, folder):
+    """One of two processes: its half of the batch through a batch norm, and back."""
+    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    x, g = torch.load(folder / "batch.pt")
+    half = x[4 * rank:4 * rank + 4].clone().requires_grad_()
+    bn = BatchNorm(3, 1e-4).double()
+    y = bn(half)
+    y.backward(g[4 * rank:4 * rank + 4])
+    torch.save([y.detach(), half.grad, bn.gain.grad, bn.running_mean, bn.running_var], folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_cross_replica_batch_norm_is_that_of_the_whole_batch(tmp_path):
+    x, g = 5 + torch.randn(8, 3, 4, 4, dtype=torch.float64), torch.randn(8, 3, 4, 4, dtype=torch.float64)
+    x[:4] *= 3                                                          # the halves differ in mean and variance
+    torch.save([x, g], tmp_path / "batch.pt")
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(normalise_a_part, (port, tmp_path), nprocs=2)
+    (y0, x0, g0, *running), (y1, x1, g1, *_) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    x.requires_grad_()
+    bn, witness = BatchNorm(3, 1e-4).double(), nn.BatchNorm2d(3, 1e-4).double()
+    for whole, gain in (bn, bn.gain), (witness, witness.weight):
+        x.grad = None
+        y = whole(x)
+        y.backward(g)
+        close(torch.cat([y0, y1]), y, 1e-12), close(torch.cat([x0, x1]), x.grad, 1e-12), close(g0 + g1, gain.grad, 1e-12)
+        close(running[0], whole.running_mean, 1e-12), close(running[1], whole.running_var, 1e-12)
+
+
+SHARED = ["--preset", "shapes", "--ch", "8", "--batch", "8", "--precision", "fp64", "--d-steps", "2", "--ema", "0.9", "--ema-start", "1",
+          "--save-every", "1", "--log-every", "1", "--eval-every", "3", "--keep", "9"]
+
+
+def torchrun(n, *arguments, **options):
+    return run_command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    # Commands, like what they are compared with: the first weights depend, by a rounding, on the number of threads.
+    runs = [run_command("train.py", *SHARED, "--out", folder / name, "--steps", 5, *options)
+            for name, options in (("whole", []), ("split", ["--micro-batch", 4]))]
+    assert [run.communicate() and run.returncode for run in runs] == [0, 0]
+    return folder
+
+
+def assert_equal_up_to_rounding(a, b):
+    """Parameters, buffers and optimiser states to 1e-9. The biases that a batch norm of G cancels have no gradient but rounding, which Adam
+    makes as large as any other: they stay below 1e-7."""
+    assert a.keys() == b.keys()
+    for key in a:
+        if isinstance(a[key], dict):
+            assert_equal_up_to_rounding(a[key], b[key])
+        elif isinstance(a[key], torch.Tensor) and re.search(r"conv\w+\.bias", str(key)):
+            close(a[key], b[key], 1e-7, 1e-9)
+        elif isinstance(a[key], torch.Tensor):
+            close(a[key], b[key], 1e-13, 1e-9)
+
+
+@pytest.mark.parametrize("n, name, options", [(2, "whole", []), (4, "whole", []), (2, "split", ["--micro-batch", 4])])
+def test_several_processes_compute_what_one_does(one_process, tmp_path, n, name, options):
+    process = torchrun(n, HERE / "train.py", *SHARED, "--out", tmp_path / "r", "--steps", 5, *options)
+    output, error = process.communicate()
+    assert process.returncode == 0 and output.count("done: 5 steps") == 1, error
+    assert_equal_up_to_rounding(weights_of(one_process / name, 5), weights_of(tmp_path / "r", 5))
+    logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (one_process / name, tmp_path / "r")]
+    for a, b in zip(*logs):
+        assert all(b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-6) for key in a if isinstance(a[key], float) and "per_" not in key)
+    pictures = [np.asarray(Image.open(run / "samples/step-00000005.png")).astype(int) for run in (one_process / name, tmp_path / "r")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_a_run_may_continue_on_another_number_of_processes(one_process, tmp_path):
+    run_command("train.py", *SHARED, "--out", tmp_path / "r", "--steps", 3).communicate()
+    process = torchrun(2, HERE / "train.py", *SHARED, "--out", tmp_path / "r", "--steps", 5)
+    output, error = process.communicate()
+    assert process.returncode == 0 and output.count("from step 3") == 1, error
+    assert_equal_up_to_rounding(weights_of(one_process / "whole", 5), weights_of(tmp_path / "r", 5))
+
+
+def test_a_mistake_is_reported_once_by_many_processes(tmp_path):
+    for arguments, sentence in ((["--batch", 9], "2 processes cannot share --batch 9"), (["--data", tmp_path / "none"], "does not exist")):
+        process = torchrun(2, HERE / "train.py", *SHARED, "--out", tmp_path / "r", "--steps", 5, *arguments)
+        error = process.communicate()[1]
+        assert process.returncode and len(re.findall("^error: .*" + sentence, error, re.M)) == 1 and "train.py\", line" not in error, error
+        assert not (tmp_path / "r").exists()
 
 
 # ---------------------------------------------------------------- sampling

@@ -2,8 +2,9 @@
 
     python train.py --preset shapes                        ten drawn shapes, nothing to download, minutes on two CPU cores
     python train.py --preset cifar10 --data cifar10/train  a folder with one sub-folder per class
-    python train.py --data imagenet/train                  the paper's ImageNet run at 128x128
+    torchrun --nproc_per_node=8 train.py --data imagenet/train      the paper's ImageNet run at 128x128, on eight GPUs
 
+Under torchrun the processes share each batch, and batch norm sees all of it: a run means the same on any number of them.
 The same command again continues where the run stopped, also after a kill. A run is a folder:
 
     config.json        every setting and the class names
@@ -25,18 +26,21 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 
 from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, SpectralNorm, clamp_sigma, gradient_penalty,
-                    orthogonal_regularisation, r1_penalty, sigma_pull, singular_values, standing_statistics, truncated_normal)
-from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw, image_grid, newest_checkpoint, pick_device, run,
-                    save_atomically, warn)
+                    orthogonal_regularisation, processes, r1_penalty, rank, sigma_pull, singular_values, standing_statistics,
+                    truncated_normal)
+from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw, image_grid, newest_checkpoint, pick_device,
+                    read_checkpoint, run, save_atomically, warn)
 
 
 # ---------------------------------------------------------------- settings
@@ -56,7 +60,8 @@ class Settings:
     shared_dim: int = option(None, "length of the class vector all layers of G share; 0: a class table in each (default: the model's)")
     steps: int = option(150_000, "optimiser steps of G")
     batch: int = option(2048, "real images per D step, and generated images per step of either network")
-    micro_batch: int = option(None, "images at a time, gradients added up to --batch; batch norm then sees only these (default: all)")
+    micro_batch: int = option(None, "images at a time, over all processes, gradients added up to --batch; batch norm then sees only "
+                                    "these (default: all)")
     d_steps: int = option(2, "D steps per G step")
     g_lr: float = option(5e-5, "Adam's learning rate for G")
     d_lr: float = option(2e-4, "Adam's learning rate for D")
@@ -72,7 +77,7 @@ class Settings:
     ema: float = option(0.9999, "decay of the averaged generator")
     ema_start: int = option(20_000, "step from which G is averaged; before it the average follows G")
     flip: int = option(1, "1 mirrors each real image with probability 1/2; 0 never does")
-    precision: str = option("auto", "fp32, bf16 (autocast), or auto: bf16 where the hardware has it")
+    precision: str = option("auto", "bf16 (autocast), fp32, fp64 (to prove things), or auto: bf16 where the hardware has it, else fp32")
     seed: int = option(0, "of weights, noise and data order")
     workers: int = option(None, "processes that decode images (default: 8 beside a GPU, 0 on a CPU)")
     held_out: str = option(None, "folder of held-out images of the same classes: does D know them as real, or has it memorised --data?")
@@ -122,7 +127,7 @@ def parse_settings(arguments):
     parser.epilog = "presets, as the options they stand for:\n" + "\n".join(f"  {name:<18}{spell(p)}" for name, p in PRESETS.items())
     for f in dataclasses.fields(Settings):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default is not None else "")
-        choices = {"preset": list(PRESETS), "model": list(MODELS), "loss": list(LOSSES), "precision": ["auto", "fp32", "bf16"]}
+        choices = {"preset": list(PRESETS), "model": list(MODELS), "loss": list(LOSSES), "precision": ["auto", "bf16", "fp32", "fp64"]}
         metavar = {int: "N", float: "X", str: "NAME" if f.name in choices else "DIR"}[f.type]
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=choices.get(f.name), help=text, metavar=metavar)
     typed = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
@@ -349,15 +354,16 @@ def generator_for(*numbers):
 class Order:
     """Which real image comes when: epoch after epoch, each in an order of its own, as lists of (index, mirror) per batch.
 
-    A position in this endless sequence says everything, so a run continues with the image that would have come next."""
+    A position in this endless sequence says everything, so a run continues with the image that would have come next. Of every batch
+    this process gets the given rows only."""
 
-    def __init__(self, length, batch, position, seed, flip):
-        self.length, self.batch, self.position, self.seed, self.flip = length, batch, position, seed, flip
+    def __init__(self, length, batch, position, seed, flip, rows):
+        self.length, self.batch, self.position, self.seed, self.flip, self.rows = length, batch, position, seed, flip, rows
         self.epoch = None
 
     def __iter__(self):
         for position in range(self.position, sys.maxsize, self.batch):
-            yield [self.item(p) for p in range(position, position + self.batch)]
+            yield [self.item(position + row) for row in self.rows]
 
     def item(self, position):
         epoch, k = divmod(position, self.length)
@@ -367,6 +373,12 @@ class Order:
             self.mirror = torch.rand(self.length, generator=generator).numpy() < 0.5 * self.flip
             self.epoch = epoch
         return int(self.permutation[k]), bool(self.mirror[k])
+
+
+def own_rows(s):
+    """Which rows of a whole batch are this process's: an equal share of every micro-batch."""
+    share = (s.micro_batch or s.batch) // processes()
+    return [row for row in range(s.batch) if row // share % processes() == rank()]
 
 
 class Mirrored:
@@ -381,8 +393,8 @@ class Mirrored:
 
 
 def batches(data, s, step, device):
-    """The endless sequence of real batches from `step` on: images (N, 3, R, R) in [-1, 1], labels (N,), on the device."""
-    order = Order(len(data), s.batch, step * s.d_steps * s.batch, s.seed, s.flip)
+    """This process's part of the endless sequence of real batches from `step` on: images (N, 3, R, R) in [-1, 1], labels (N,)."""
+    order = Order(len(data), s.batch, step * s.d_steps * s.batch, s.seed, s.flip, own_rows(s))
     workers = s.workers if s.workers is not None else 8 if device.type == "cuda" else 0
     loader = torch.utils.data.DataLoader(Mirrored(data), batch_sampler=order, num_workers=workers,
                                          pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
@@ -394,59 +406,120 @@ def ignore_interrupts(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)                    # Ctrl-C is for the main process, which saves first
 
 
+# ---------------------------------------------------------------- several processes
+
+def join_processes():
+    """Find the other processes, if torchrun has started several. Returns this one's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return pick_device()
+    # The strides of a 1x1 kernel can be written in two ways, which DDP takes for a difference.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def say(*words, **options):
+    if rank() == 0:
+        print(*words, **options)
+
+
+def together(work, *arguments, first_only=False):
+    """Do something that may end in a UserError in every process (or in the first only, for all): then it does in all of them.
+
+    Returns the result: each process its own, or the first one's."""
+    result = error = None
+    if rank() == 0 or not first_only:
+        try:
+            result = work(*arguments)
+        except UserError as mistake:
+            error = str(mistake)
+    if processes() > 1:
+        everyone = [None] * processes()
+        dist.all_gather_object(everyone, (result if first_only else None, error))
+        error = next((e for _, e in everyone if e), None)
+        result = everyone[0][0] if first_only else result
+    if error:
+        raise UserError(error)
+    return result
+
+
+def any_process(flag):
+    """Whether the flag is set in any process."""
+    if processes() == 1:
+        return flag
+    flag = torch.tensor(float(flag))                                # on the CPU: the GPU is not waited for
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag.item() > 0
+
+
 # ---------------------------------------------------------------- one training step
 
 class Trainer:
     """G, D, their optimisers and the averaged G, and the step that moves them. Knows nothing about files."""
 
     def __init__(self, s, config, device):
-        torch.manual_seed(s.seed)
+        torch.manual_seed(s.seed)                                   # the same first weights in every process
         self.s, self.config, self.device = s, config, device
-        self.G = Generator(config).to(device, memory_format=torch.channels_last)
-        self.D = Discriminator(config).to(device, memory_format=torch.channels_last)
+        self.dtype = torch.float64 if s.precision == "fp64" else torch.float32
+        self.G = Generator(config).to(device, self.dtype, memory_format=torch.channels_last)
+        self.D = Discriminator(config).to(device, self.dtype, memory_format=torch.channels_last)
         self.opt_G = torch.optim.Adam(self.G.parameters(), s.g_lr, (s.beta1, s.beta2), fused=True)
         self.opt_D = torch.optim.Adam(self.D.parameters(), s.d_lr, (s.beta1, s.beta2), fused=True)
         self.ema = EMA(self.G, s.ema, s.ema_start)
         self.loss_d, self.loss_g, self.border = LOSSES[s.loss]
         self.step = 0
-        self.micro = s.micro_batch or s.batch
+        self.rows, self.micro = own_rows(s), (s.micro_batch or s.batch) // processes()
         self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
-        print(f"{s.precision} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}; "
-              f"G {sum(p.numel() for p in self.G.parameters()):,} and D {sum(p.numel() for p in self.D.parameters()):,} parameters")
+        # With several processes, called in place of G and D where gradients are wanted: averages them over the processes.
+        self.parallel_G, self.parallel_D = (
+            torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+            if processes() > 1 else network for network in (self.G, self.D))
+        say(f"{s.precision} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}"
+            f"{f', {processes()} processes' if processes() > 1 else ''}; "
+            f"G {sum(p.numel() for p in self.G.parameters()):,} and D {sum(p.numel() for p in self.D.parameters()):,} parameters")
 
     def noise(self, part):
-        """z, y and mix (for `gradient_penalty`) of a whole batch, in micro-batches. Decided by the seed, the step and its part."""
+        """z, y and mix (for `gradient_penalty`) of this process's rows, in micro-batches. Decided by the seed, the step and its part."""
         generator = generator_for(self.s.seed, self.step, part)
         z = truncated_normal((self.s.batch, self.config.z_dim), generator=generator)
         y = torch.randint(self.config.n_classes, (self.s.batch,), generator=generator)
         mix = torch.rand(self.s.batch, generator=generator)
-        return zip(*(noise.to(self.device).split(self.micro) for noise in (z, y, mix)))
+        return zip(*(noise[self.rows].to(self.device).split(self.micro) for noise in (z.to(self.dtype), y, mix.to(self.dtype))))
+
+    def communicating(self, network, last):
+        """Around the forward and backward pass of a micro-batch: only the last one sends its gradients to the other processes."""
+        return nullcontext() if last or processes() == 1 else network.no_sync()
 
     def train_step(self, real_batches):
         """d_steps updates of D, then one of G. Returns what the log wants, as tensors."""
         s = self.s
-        share = self.micro / s.batch                                # of one micro-batch in the whole gradient
+        share = self.micro / len(self.rows)                         # of one micro-batch in the whole gradient
         logged = dict.fromkeys(("D_real", "D_fake", "D_loss", "D_penalty", "D_grad", "G_loss", "ortho", "G_grad"), 0)
 
         self.D.requires_grad_(True)
         for part in range(1, s.d_steps + 1):
             self.opt_D.zero_grad()
             real, real_y = next(real_batches)
-            for x, y, (z, fake_y, mix) in zip(real.split(self.micro), real_y.split(self.micro), self.noise(part)):
+            parts = list(zip(real.to(self.dtype).split(self.micro), real_y.split(self.micro), self.noise(part)))
+            for k, (x, y, (z, fake_y, mix)) in enumerate(parts, start=1):
                 if s.loss == "wgan-gp":
                     fake_y = y                                      # the penalty's lines join images of one class
-                with self.autocast():
-                    with torch.no_grad():
-                        fake = self.G(z, fake_y)
-                    # Real and fake in one call: D has no batch norm, so they do not meet, and one large batch is faster.
-                    real_logits, fake_logits = self.D(torch.cat([x, fake]), torch.cat([y, fake_y])).chunk(2)
-                    penalty = real_logits.new_zeros(())
-                    if s.r1:
-                        penalty += s.r1 * r1_penalty(self.D, x, y)
-                    if s.loss == "wgan-gp":
-                        penalty += s.gp * gradient_penalty(self.D, x, fake, y, mix)
-                loss = self.loss_d(real_logits, fake_logits)
-                ((loss + penalty) * share).backward()
+                with self.communicating(self.parallel_D, last=k == len(parts)):
+                    with self.autocast():
+                        with torch.no_grad():
+                            fake = self.G(z, fake_y)
+                        # Real and fake in one call: D has no batch norm, so they do not meet, and one large batch is faster.
+                        both = torch.cat([x, fake]), torch.cat([y, fake_y])
+                        real_logits, fake_logits = self.parallel_D(*both).chunk(2)
+                        penalty = real_logits.new_zeros(())
+                        if s.r1:
+                            penalty += s.r1 * r1_penalty(self.D, x, y)
+                        if s.loss == "wgan-gp":
+                            penalty += s.gp * gradient_penalty(self.D, x, fake, y, mix)
+                    loss = self.loss_d(real_logits, fake_logits)
+                    ((loss + penalty) * share).backward()
                 for name, value in (("D_real", real_logits.mean()), ("D_fake", fake_logits.mean()), ("D_loss", loss),
                                     ("D_penalty", penalty)):
                     logged[name] += value.detach() * share / s.d_steps
@@ -455,19 +528,21 @@ class Trainer:
 
         self.D.requires_grad_(False)                                # G's gradient passes through D but none is kept there
         self.opt_G.zero_grad()
-        for z, y, _ in self.noise(0):
-            with self.autocast():
-                fake_logits = self.D(self.G(z, y), y)
-            loss = self.loss_g(fake_logits)
-            (loss * share).backward()
-            logged["G_loss"] += loss.detach() * share
+        bound = {"fixed": s.sigma_fixed, "ratio": s.sigma_ratio}
         if s.ortho:
             ortho = orthogonal_regularisation(self.G)
             (s.ortho * ortho).backward()
             logged["ortho"] = ortho.detach()
-        bound = {"fixed": s.sigma_fixed, "ratio": s.sigma_ratio}
         if s.sigma_pull:
             (s.sigma_pull * sigma_pull(self.G, **bound)).backward()
+        parts = list(self.noise(0))
+        for k, (z, y, _) in enumerate(parts, start=1):
+            with self.communicating(self.parallel_G, last=k == len(parts)):
+                with self.autocast():
+                    fake_logits = self.D(self.parallel_G(z, y), y)
+                loss = self.loss_g(fake_logits)
+                (loss * share).backward()
+            logged["G_loss"] += loss.detach() * share
         logged["G_grad"] = gradient_norm(self.G)
         self.opt_G.step()
         if (s.sigma_fixed or s.sigma_ratio) and not s.sigma_pull:
@@ -487,7 +562,8 @@ class Trainer:
         """Of real images (N, R, R, 3) uint8, the share that D takes for real."""
         self.D.eval()
         with self.autocast():
-            logits = [self.D(to_network(x, self.device), y.to(self.device)) for x, y in zip(images.split(64), labels.split(64))]
+            logits = [self.D(to_network(x, self.device).to(self.dtype), y.to(self.device))
+                      for x, y in zip(images.split(64), labels.split(64))]
         self.D.train()
         return (torch.cat(logits) > self.border).float().mean().item()
 
@@ -518,7 +594,7 @@ def has_bf16(device):
 # ---------------------------------------------------------------- a run and its folder
 
 def open_run(s, described):
-    """Make the run folder, or check that it holds a run with the same settings. Returns the checkpoint to continue from, or None."""
+    """Make the run folder, or check that it holds a run with the same settings. Returns the path of the checkpoint to continue from."""
     out = Path(s.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out")
@@ -535,7 +611,10 @@ def open_run(s, described):
     for damaged in checkpoints_of(out):
         if checkpoint and damaged > path:                           # passed over: out of the way of what will be saved
             damaged.rename(damaged.with_suffix(".damaged"))
-    return checkpoint
+    if checkpoint and (missing := {"G", "D", "G_ema", "opt_G", "opt_D"} - checkpoint.keys()):
+        raise UserError(f"the newest checkpoint in {s.out} cannot be continued: it lacks {', '.join(sorted(missing))}; "
+                        "choose another --out")
+    return path
 
 
 def refuse_differences(out, described):
@@ -603,8 +682,10 @@ class Log:
 
 
 def save_checkpoint(trainer, classes, s):
-    """Write the state and, once that has succeeded, delete all but the newest few. Returns whether it has."""
+    """Write the state and, once that has succeeded, delete all but the newest few. Returns whether it has. The first process does it."""
     stop_if_not_finite(trainer, {}, s)
+    if rank() > 0:
+        return True
     path = Path(s.out, "checkpoints", f"step-{trainer.step:08d}.pt")
     content = {"model": plain(trainer.config), "classes": classes, **trainer.state()}
     with surviving(path):
@@ -617,7 +698,9 @@ def save_checkpoint(trainer, classes, s):
 
 def save_samples(trainer, s, rows=16, columns=10):
     """A grid of fixed noise, one row per class, drawn by the averaged G with batch norm statistics of its own."""
-    G = standing_statistics(copy.deepcopy(trainer.ema.model), STANDING_BATCHES)
+    G = standing_statistics(copy.deepcopy(trainer.ema.model).float(), STANDING_BATCHES)     # by all processes
+    if rank() > 0:
+        return
     rows = min(rows, trainer.config.n_classes)
     images = draw(G, [label for label in range(rows) for _ in range(columns)], list(range(columns)) * rows)
     path = Path(s.out, "samples", f"step-{trainer.step:08d}.png")
@@ -644,32 +727,36 @@ def keep_freed_memory():
 
 def main(arguments):
     s = parse_settings(arguments)
-    device = pick_device()
+    device = join_processes()
+    if (s.micro_batch or s.batch) % processes():
+        raise UserError(f"{processes()} processes cannot share {'--micro-batch' if s.micro_batch else '--batch'} "
+                        f"{s.micro_batch or s.batch} equally; choose a multiple of {processes()}")
     if device.type == "cpu":
         keep_freed_memory()
     if s.precision == "auto":
         s.precision = "bf16" if has_bf16(device) else "fp32"
     resolution = MODELS[s.model].resolution
-    data = open_data(s.data, resolution)
+    data = together(open_data, s.data, resolution)
     names = ", ".join(data.classes[:5]) + (", ..." if len(data.classes) > 5 else "")
-    print(f"{s.data}: {len(data):,} images in {len(data.classes)} classes: {names}")
-    held_out = open_data(s.held_out, resolution, held_out=True) if s.held_out else None
+    say(f"{s.data}: {len(data):,} images in {len(data.classes)} classes: {names}")
+    held_out = together(open_data, s.held_out, resolution, True) if s.held_out else None
     if held_out and held_out.classes != data.classes:
         raise UserError(f"the held-out images in {s.held_out} have other classes than {s.data}; --held-out needs the same sub-folders")
     config = model_config(s, len(data.classes))
     described = {**plain(config), **dataclasses.asdict(s), "images": len(data), "classes": data.classes}
-    checkpoint = open_run(s, described)
+    path = together(open_run, s, described, first_only=True)
     trainer = Trainer(s, config, device)
-    if checkpoint:
-        if missing := trainer.parts().keys() - checkpoint.keys():
-            raise UserError(f"the newest checkpoint in {s.out} cannot be continued: it lacks {', '.join(missing)}; choose another --out")
-        trainer.load_state(checkpoint)
-        print(f"continuing {s.out} from step {trainer.step}")
+    if path:
+        trainer.load_state(together(read_checkpoint, path))
+        say(f"continuing {s.out} from step {trainer.step}")
     if trainer.step >= s.steps:
-        print(f"{s.out} has {trainer.step} steps already; a larger --steps trains on, another --out starts anew")
+        say(f"{s.out} has {trainer.step} steps already; a larger --steps trains on, another --out starts anew")
     else:
-        save_atomically(Path(s.out, "config.json"), lambda f: f.write(json.dumps(described, indent=1).encode()))
+        if rank() == 0:
+            save_atomically(Path(s.out, "config.json"), lambda f: f.write(json.dumps(described, indent=1).encode()))
         train(trainer, data, held_out, s)
+    if processes() > 1:
+        dist.destroy_process_group()
 
 
 def look_closer(trainer, data, held_out, s):
@@ -691,43 +778,47 @@ def train(trainer, data, held_out, s):
 
     def ask_to_stop(number, frame):
         stop.append(number)
-        os.write(2, b"\nstopping after this step\n")               # print could be interrupted within a print
+        if rank() == 0:
+            os.write(2, b"\nstopping after this step\n")           # print could be interrupted within a print
 
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:      # nohup means: go on
             signal.signal(number, ask_to_stop)
-    log = Log(Path(s.out, "log.jsonl"), trainer.step)
+    log = Log(Path(s.out, "log.jsonl"), trainer.step) if rank() == 0 else None
     real_batches = batches(data, s, trainer.step, trainer.device)
     sums, since, started = 0, trainer.step, time.perf_counter()
     saved = trainer.step                                            # the newest step that is on the disk
-    while trainer.step < s.steps and not stop:
+    while trainer.step < s.steps and not any_process(bool(stop)):
         logged = trainer.train_step(real_batches)
         sums = sums + torch.stack([torch.as_tensor(value, dtype=torch.float32, device=trainer.device) for value in logged.values()])
         step, last = trainer.step, trainer.step == s.steps
         looking = step % s.eval_every == 0
         if last or looking or step % s.log_every == 0:
-            means = dict(zip(logged, (sums / (step - since)).tolist()))
+            if processes() > 1:
+                dist.all_reduce(sums)
+            means = dict(zip(logged, (sums / processes() / (step - since)).tolist()))
             stop_if_not_finite(trainer, means, s)
             seconds = (time.perf_counter() - started) / (step - since)
             entry = {"step": step, **means, "seconds_per_step": seconds, "images_per_second": s.batch / seconds}
-            print(progress(entry, s), end="\033[K\r" if sys.stdout.isatty() else "\n", flush=True)
-            if looking:
+            say(progress(entry, s), end="\033[K\r" if sys.stdout.isatty() else "\n", flush=True)
+            if looking and rank() == 0:
                 measured, text = look_closer(trainer, data, held_out, s)
                 entry.update(measured)
-                print(f"step {step}: {text}\033[K" if sys.stdout.isatty() else text, flush=True)
-            log.write(entry)
+                say(f"step {step}: {text}\033[K" if sys.stdout.isatty() else text, flush=True)
+            if log:
+                log.write(entry)
             sums, since, started = 0, step, time.perf_counter()
         if (last or step % s.save_every == 0) and save_checkpoint(trainer, data.classes, s):
             saved = step
         if last or step % s.sample_every == 0:
             grid = save_samples(trainer, s)
-    print()
+    say()
     if trainer.step > saved and not save_checkpoint(trainer, data.classes, s):
         raise SystemExit(f"error: step {trainer.step} is not saved, see above; make room, then the same command continues")
     if trainer.step < s.steps:
-        print(f"stopped at step {trainer.step}; the same command continues")
+        say(f"stopped at step {trainer.step}; the same command continues")
     else:
-        print(f"done: {trainer.step} steps\nsamples: {grid}\nmore:    python sample.py --weights {shlex.quote(s.out)}")
+        say(f"done: {trainer.step} steps\nsamples: {grid}\nmore:    python sample.py --weights {shlex.quote(s.out)}")
 
 
 def stop_if_not_finite(trainer, means, s):
@@ -736,7 +827,8 @@ def stop_if_not_finite(trainer, means, s):
     bad += [f"{network}.{name}" for network in ("G", "D") for name, p in getattr(trainer, network).named_parameters()
             if not p.isfinite().all()]
     if bad:
-        raise SystemExit(f"error: training has diverged at step {trainer.step}: {bad[0]} is no longer finite. Nothing of it was saved; "
+        raise SystemExit(1 if rank() else
+                         f"error: training has diverged at step {trainer.step}: {bad[0]} is no longer finite. Nothing of it was saved; "
                          f"checkpoints in {s.out} are from before. Start a new run with smaller learning rates or penalties")
 
 
