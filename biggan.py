@@ -60,10 +60,10 @@ class ModelConfig:
                                      ("d", self.d_attention, [self.resolution // 2**(i + 1) for i in range(self.d_down)])):
             if size and size not in sizes:
                 raise ValueError(f"{network}_attention {size} is not what a block makes; 0 (none) or one of {sizes} could be")
-        if self.skip_z and (self.deep or not self.shared_dim):
-            raise ValueError("skip_z needs a shared_dim above 0, and excludes deep, where every block receives all of z")
-        if self.deep and not self.shared_dim:
-            raise ValueError("deep needs a shared_dim above 0")
+        if self.skip_z and self.deep:
+            raise ValueError("deep gives all of z to every block; skip_z must be False")
+        if not self.shared_dim and (self.skip_z or self.deep):
+            raise ValueError("a class table per layer (shared_dim 0) needs skip_z and deep to be False")
         growing = [list(channels) for channels in (self.g_channels[::-1], self.d_channels)]
         if self.deep and growing != [sorted(channels) for channels in growing]:
             raise ValueError("deep needs g_channels that never grow and d_channels that never shrink, for its shortcuts")
@@ -690,7 +690,7 @@ def sigma_pull(G, fixed=None, ratio=None):
 
 @torch.no_grad()
 def clamp_sigma(G, fixed=None, ratio=None):
-    """W <- W - max(0, excess) u v^T in every layer of G: lowers sigma_0 to the goal at once and leaves the other ones alone."""
+    """W <- W - max(0, excess) u v^T in every layer of G: lowers sigma_0 to the goal and leaves the others alone, until their turn comes."""
     for m in G.modules():
         if isinstance(m, SpectralNorm):
             excess, u, v = sigma_excess(m.weight, fixed, ratio)

@@ -198,7 +198,7 @@ def find_checkpoint(weights):
         raise UserError(f"{weights} does not exist; --weights needs a run folder or a checkpoint")
     checkpoint, path = newest_checkpoint(weights)
     if checkpoint is None:
-        raise UserError(f"{weights} is not a run folder, which has a folder checkpoints/ with at least one in it")
+        raise UserError(f"{weights} is not a run folder with a checkpoint in checkpoints/; train on, or name another")
     return checkpoint, path
 
 

@@ -71,7 +71,7 @@ class Settings:
     gp: float = option(10.0, "weight of the gradient penalty that --loss wgan-gp adds")
     ortho: float = option(1e-4, "beta, the weight of orthogonal regularisation on G")
     r1: float = option(0.0, "gamma, the weight of the R1 penalty on D; the paper tried 10 and 1 (section 4.2)")
-    sigma_fixed: float = option(None, "lower the largest singular value of every layer of G to this value after every step (section 4.1)")
+    sigma_fixed: float = option(None, "after every step, lower the largest singular value of each layer of G to this (section 4.1)")
     sigma_ratio: float = option(None, "lower it to this multiple of the layer's second largest one instead")
     sigma_pull: float = option(0.0, "rather than lowering it, pull it there, from either side, by a penalty of this weight")
     ema: float = option(0.9999, "decay of the averaged generator")
@@ -80,7 +80,7 @@ class Settings:
     precision: str = option("auto", "bf16 (autocast), fp32, fp64 (to prove things), or auto: bf16 where the hardware has it, else fp32")
     seed: int = option(0, "of weights, noise and data order")
     workers: int = option(None, "processes that decode images (default: 8 beside a GPU, 0 on a CPU)")
-    held_out: str = option(None, "folder of held-out images of the same classes: does D know them as real, or has it memorised --data?")
+    held_out: str = option(None, "folder of held-out images of the same classes: does D take them for real as often as those of --data?")
     log_every: int = option(50, "steps between lines of log.jsonl")
     eval_every: int = option(1000, "steps between looks at every layer's first three singular values and, with --held-out, at D's memory")
     sample_every: int = option(1000, "steps between sample grids")
@@ -140,12 +140,12 @@ def parse_settings(arguments):
         if getattr(s, name) is not None and getattr(s, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
     if s.sigma_fixed is not None and not 0 < s.sigma_fixed < float("inf"):
-        parser.error(f"--sigma-fixed must be above 0, not {s.sigma_fixed}")
+        parser.error(f"--sigma-fixed must be above 0 and finite, not {s.sigma_fixed}")
     if s.sigma_ratio is not None and not 1 <= s.sigma_ratio < float("inf"):
-        parser.error(f"--sigma-ratio must be at least 1, not {s.sigma_ratio}: the largest cannot be below the second largest")
+        parser.error(f"--sigma-ratio must be at least 1 and finite, not {s.sigma_ratio}: it is the largest over the second largest")
     for name in ("g_lr", "d_lr", "gp", "ortho", "r1", "sigma_pull", "shared_dim", "seed", "ema_start", "workers"):
         if getattr(s, name) is not None and not 0 <= getattr(s, name) < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(s, name)}")
+            parser.error(f"--{name.replace('_', '-')} must be 0 or more and finite, not {getattr(s, name)}")
     if s.seed >= 2**62:
         parser.error(f"--seed must be below 2^62, not {s.seed}")
     for name in ("beta1", "beta2", "ema"):
@@ -156,7 +156,7 @@ def parse_settings(arguments):
     try:
         model = model_config(s, n_classes=1)
     except ValueError as error:
-        parser.error(f"--shared-dim {s.shared_dim} does not go with --model {s.model}: {error}")
+        parser.error(f"--shared-dim {s.shared_dim} does not go with --model {s.model}: {error}; sagan128 and sngan128 are made for it")
     if s.ch % 8 and (model.g_attention or model.d_attention):
         parser.error(f"--ch must be a multiple of 8, not {s.ch}: attention works with an eighth of the channels")
     if "gp" in typed and s.loss != "wgan-gp":
@@ -170,8 +170,12 @@ def parse_settings(arguments):
     if s.data is None:
         parser.error(f"--preset {preset} needs --data DIR, a folder with one sub-folder of images per class; "
                      "--preset shapes needs no data")
-    if s.data == "shapes":
+    if s.loss == "wgan-gp" and s.held_out:
+        parser.error("--held-out tells nothing under --loss wgan-gp, whose D only says which images are more real; leave it out")
+    if s.data == "shapes" and s.loss != "wgan-gp":
         s.held_out = s.held_out or "shapes"
+    if s.held_out and s.held_out != "shapes" and Path(s.held_out).resolve() == Path(s.data).resolve():
+        parser.error(f"--held-out {s.held_out} is the folder of --data; name images that are not trained on")
     s.out = s.out or f"runs/{preset}"
     return s
 
@@ -257,15 +261,15 @@ class ImageFolder:
     Any file type, colour mode and size that Pillow opens. A file that cannot be decoded is named in a warning and replaced by the
     next one of its class. Raises UserError where the folder is not of this shape."""
 
-    def __init__(self, root, resolution):
+    def __init__(self, root, resolution, option="--data"):
         root, self.resolution, self.broken = Path(root), resolution, set()
         if not root.is_dir():
-            raise UserError(f"the data folder {root} does not exist" if not root.exists() else
-                            f"{root} is a file; --data needs a folder with one sub-folder of images per class")
+            raise UserError(f"the data folder {root} does not exist; give {option} another" if not root.exists() else
+                            f"{root} is a file; {option} needs a folder with one sub-folder of images per class")
         folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
         files = {d: images_in(d) for d in folders}
         if not any(files.values()):
-            raise UserError(why_no_classes(root, folders))
+            raise UserError(why_no_classes(root, folders, option))
         for d in folders:
             if not files[d]:
                 raise UserError(f"the class folder {d} holds no images; fill it or remove it")
@@ -290,7 +294,7 @@ class ImageFolder:
                 except Exception as reason:                         # Pillow raises whatever its decoders do
                     self.broken.add(j)
                     warn(f"skipped {self.paths[j]}: {reason}")
-        raise UserError(f"none of the {end - first} images in the class folder {self.paths[i].parent} can be read")
+        raise UserError(f"none of the {end - first} images in the class folder {self.paths[i].parent} can be read; replace or remove it")
 
 
 def images_in(folder):
@@ -303,14 +307,14 @@ def is_image(name, known=Image.registered_extensions()):
     return known.get(Path(name).suffix.lower()) in Image.OPEN and not name.startswith(".")
 
 
-def why_no_classes(root, folders):
+def why_no_classes(root, folders, option):
     """The sentence for a folder without class folders that hold images."""
     if images_in(root):
         return f"{root} holds images but no class folders; move them into one sub-folder per class"
     deeper = [str(d) for d in folders if any(images_in(sub) for sub in d.iterdir() if sub.is_dir())]
     if deeper:
-        return f"{root} is one folder too high, the classes seem to be one level down; pass --data {' or --data '.join(deeper)}"
-    return f"{root} holds no images; --data needs a folder with one sub-folder of images per class"
+        return f"{root} is one folder too high, the classes seem to be one level down; pass {option} {f' or {option} '.join(deeper)}"
+    return f"{root} holds no images; {option} needs a folder with one sub-folder of images per class"
 
 
 def load_image(path, resolution):
@@ -331,7 +335,7 @@ def load_image(path, resolution):
 
 
 def open_data(source, resolution, held_out=False):
-    return Shapes(resolution, held_out) if source == "shapes" else ImageFolder(source, resolution)
+    return Shapes(resolution, held_out) if source == "shapes" else ImageFolder(source, resolution, "--held-out" if held_out else "--data")
 
 
 def some_images(data, n, seed):
@@ -627,8 +631,8 @@ def refuse_differences(out, described):
     differences = [f"{name} was {short(before.get(name))} and is now {short(value)}" for name, value in described.items()
                    if name not in FREE_TO_CHANGE and before.get(name) != value]
     if differences:
-        raise UserError(f"{out} holds a run with other settings: {'; '.join(differences)}. "
-                        "Repeat them to continue that run, or choose another --out")
+        raise UserError(f"{out} holds a run with other settings: {'; '.join(differences)}; "
+                        "repeat the old ones to continue that run, or choose another --out")
 
 
 def lock_run(out):
@@ -741,7 +745,9 @@ def main(arguments):
     say(f"{s.data}: {len(data):,} images in {len(data.classes)} classes: {names}")
     held_out = together(open_data, s.held_out, resolution, True) if s.held_out else None
     if held_out and held_out.classes != data.classes:
-        raise UserError(f"the held-out images in {s.held_out} have other classes than {s.data}; --held-out needs the same sub-folders")
+        odd = sorted(set(held_out.classes) ^ set(data.classes))[0]
+        raise UserError(f"the held-out images in {s.held_out} have other classes than {s.data}: only one of the two has {odd}; "
+                        "--held-out needs the same sub-folders")
     config = model_config(s, len(data.classes))
     described = {**plain(config), **dataclasses.asdict(s), "images": len(data), "classes": data.classes}
     path = together(open_run, s, described, first_only=True)
@@ -792,8 +798,8 @@ def train(trainer, data, held_out, s):
         logged = trainer.train_step(real_batches)
         sums = sums + torch.stack([torch.as_tensor(value, dtype=torch.float32, device=trainer.device) for value in logged.values()])
         step, last = trainer.step, trainer.step == s.steps
-        looking = step % s.eval_every == 0
-        if last or looking or step % s.log_every == 0:
+        looking = last or step % s.eval_every == 0
+        if looking or step % s.log_every == 0:
             if processes() > 1:
                 dist.all_reduce(sums)
             means = dict(zip(logged, (sums / processes() / (step - since)).tolist()))
@@ -827,9 +833,10 @@ def stop_if_not_finite(trainer, means, s):
     bad += [f"{network}.{name}" for network in ("G", "D") for name, p in getattr(trainer, network).named_parameters()
             if not p.isfinite().all()]
     if bad:
+        earlier = f"the checkpoints in {s.out} are from before" if checkpoints_of(s.out) else "there is no checkpoint from before"
         raise SystemExit(1 if rank() else
-                         f"error: training has diverged at step {trainer.step}: {bad[0]} is no longer finite. Nothing of it was saved; "
-                         f"checkpoints in {s.out} are from before. Start a new run with smaller learning rates or penalties")
+                         f"error: training has diverged at step {trainer.step}, {bad[0]} is no longer finite; nothing of it was saved, "
+                         f"{earlier}; start a new run with smaller learning rates or penalties")
 
 
 if __name__ == "__main__":
