@@ -1,5 +1,5 @@
 # make demo    train on drawn shapes and show what the generator draws (14 minutes on two CPU cores)
-# make test    the tests (3 minutes)
+# make test    the tests (4 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (2 minutes)
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 

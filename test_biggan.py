@@ -1508,6 +1508,23 @@ def test_a_mistake_is_reported_once_by_many_processes(tmp_path):
         assert not (tmp_path / "r").exists()
 
 
+def test_a_killed_process_is_replaced_and_nothing_changes(tmp_path):
+    command = [*SHARED, "--steps", 16, "--sample-every", 99, "--eval-every", 99, "--out"]
+    whole = torchrun(2, HERE / "train.py", *command, tmp_path / "whole")
+    assert whole.communicate() and whole.returncode == 0
+    process = torchrun(2, "--max-restarts", 3, HERE / "train.py", *command, tmp_path / "killed")
+    while len(sample.checkpoints_of(tmp_path / "killed")) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
+            os.kill(int(pid), signal.SIGKILL)
+    output, error = process.communicate()
+    assert process.returncode == 0 and output.count("continuing") == 1 and "done: 16 steps" in output, error
+    assert "lost another one" in error and "Traceback" not in error, error
+    assert_same(weights_of(tmp_path / "whole", 16), weights_of(tmp_path / "killed", 16))
+
+
 # ---------------------------------------------------------------- sampling
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
+from torch.distributed.rendezvous import rendezvous
 
 from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, SpectralNorm, clamp_sigma, gradient_penalty,
                     orthogonal_regularisation, processes, r1_penalty, rank, sigma_pull, singular_values, standing_statistics,
@@ -420,7 +422,10 @@ def join_processes():
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    # After --max-restarts the new processes meet in the same store as the dead ones and would find their addresses: an own name space.
+    store, own_rank, size = next(rendezvous("env://"))
+    store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=own_rank, world_size=size)
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -760,7 +765,13 @@ def main(arguments):
     else:
         if rank() == 0:
             save_atomically(Path(s.out, "config.json"), lambda f: f.write(json.dumps(described, indent=1).encode()))
-        train(trainer, data, held_out, s)
+        try:
+            train(trainer, data, held_out, s)
+        except RuntimeError as error:
+            if processes() == 1 or not re.search("onnection|NCCL|[Tt]imed out", str(error)):
+                raise
+            raise SystemExit(f"error: process {rank()} has lost another one, whose own message says why; the same command continues, "
+                             "and torchrun --max-restarts N repeats it by itself") from None
     if processes() > 1:
         dist.destroy_process_group()
 
