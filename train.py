@@ -12,7 +12,7 @@ The same command again continues where the run stopped, also after a kill. A run
     samples/*.png      the same noise at growing steps, one row per class, drawn by the averaged generator
     checkpoints/*.pt   tensors and plain values only; sample.py and metrics.py need nothing else
 
-Reading order: settings and presets, data, one training step, checkpoints, the loop.
+Reading order: settings and presets, data, several processes, one training step, checkpoints, the loop.
 """
 
 import copy
