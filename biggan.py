@@ -154,6 +154,11 @@ class SpectralNorm:
             return self.weight / sigma.clamp(min=self.eps)
 
 
+def matrix_layers(network):
+    """The layers with a weight matrix, by name: all convolutions and linear layers, and D's embedding, but not G's class vectors."""
+    return {name: m for name, m in network.named_modules() if isinstance(m, SpectralNorm)}
+
+
 class SNConv2d(SpectralNorm, nn.Conv2d):
     """Convolution with spectral norm that keeps H and W: kernel 3 or 1, stride 1."""
 
@@ -648,7 +653,7 @@ def orthogonal_penalty(W, off_diagonal=True):
 
 def orthogonal_regularisation(G):
     """The sum of the off-diagonal penalty over all weight matrices of G but the class vectors, which are data, not filters."""
-    return sum(orthogonal_penalty(m.weight) for m in G.modules() if isinstance(m, SpectralNorm))
+    return sum(orthogonal_penalty(m.weight) for m in matrix_layers(G).values())
 
 
 # ---------------------------------------------------------------- watching and restraining the singular values (section 4.1)
@@ -656,12 +661,16 @@ def orthogonal_regularisation(G):
 # Spectral norm hides that from the output, but not from the optimiser. Watch the first three; or hold the first one down, which by
 # itself, says the paper, does not prevent the collapse.
 
+def wide(W):                                                        # W or W^T, whichever has fewer rows: W W^T is then the smaller one
+    return W if W.shape[0] <= W.shape[1] else W.T
+
+
 @torch.no_grad()
 def singular_values(W, k=3):
     """The k largest singular values of W (out, ...) -> (k,) or fewer, largest first: the square roots of the largest eigenvalues
     of W W^T, or of W^T W where that is smaller, which has the same ones. NaN where W is not finite."""
-    W = W.flatten(1)
-    gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+    small = wide(W.flatten(1))
+    gram = small @ small.T
     if not gram.isfinite().all():                                   # of which eigvalsh would make an exception
         return gram.new_full((min(k, len(gram)),), math.nan)
     return torch.linalg.eigvalsh(gram).flip(0)[:k].clamp(min=0).sqrt()
@@ -674,7 +683,7 @@ def sigma_excess(W, fixed=None, ratio=None):
     which takes a full decomposition of every layer at every step: a tenth of a second or more for the widest ones."""
     W = W.flatten(1)
     with torch.no_grad():
-        small = W if W.shape[0] <= W.shape[1] else W.T
+        small = wide(W)
         squares, vectors = torch.linalg.eigh((small @ small.T).nan_to_num(0, 0, 0))     # ascending; sigma_0 below will show a NaN
         start = vectors[:, -1] if small is W else W @ vectors[:, -1]
         goal = fixed if fixed is not None else ratio * squares[-2].sqrt()
@@ -684,17 +693,15 @@ def sigma_excess(W, fixed=None, ratio=None):
 
 def sigma_pull(G, fixed=None, ratio=None):
     """Sum over G's layers of the squared excess: a penalty that pulls sigma_0 to its goal, from above and from below. -> scalar."""
-    layers = [m for m in G.modules() if isinstance(m, SpectralNorm)]
-    return sum(sigma_excess(m.weight, fixed, ratio)[0].square() for m in layers)
+    return sum(sigma_excess(m.weight, fixed, ratio)[0].square() for m in matrix_layers(G).values())
 
 
 @torch.no_grad()
 def clamp_sigma(G, fixed=None, ratio=None):
     """W <- W - max(0, excess) u v^T in every layer of G: lowers sigma_0 to the goal and leaves the others alone, until their turn comes."""
-    for m in G.modules():
-        if isinstance(m, SpectralNorm):
-            excess, u, v = sigma_excess(m.weight, fixed, ratio)
-            m.weight -= (excess.clamp(min=0) * torch.outer(u, v)).view_as(m.weight)
+    for m in matrix_layers(G).values():
+        excess, u, v = sigma_excess(m.weight, fixed, ratio)
+        m.weight -= (excess.clamp(min=0) * torch.outer(u, v)).view_as(m.weight)
 
 
 # ---------------------------------------------------------------- truncation, averaged weights, standing statistics

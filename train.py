@@ -38,7 +38,7 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from torch.distributed.rendezvous import rendezvous
 
-from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, SpectralNorm, clamp_sigma, gradient_penalty,
+from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, clamp_sigma, gradient_penalty, matrix_layers,
                     orthogonal_regularisation, processes, r1_penalty, rank, sigma_pull, singular_values, standing_statistics,
                     truncated_normal)
 from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw, image_grid, newest_checkpoint, pick_device,
@@ -564,7 +564,7 @@ class Trainer:
     def spectra(self):
         """The first three singular values of every layer's weight, before spectral norm: {"G.linear": [sigma_0, sigma_1, sigma_2], ...}."""
         return {f"{network}.{name}": [float(f"{sigma:.5g}") for sigma in singular_values(layer.weight)]
-                for network in ("G", "D") for name, layer in getattr(self, network).named_modules() if isinstance(layer, SpectralNorm)}
+                for network in ("G", "D") for name, layer in matrix_layers(getattr(self, network)).items()}
 
     @torch.no_grad()
     def share_called_real(self, images, labels):
@@ -620,9 +620,6 @@ def open_run(s, described):
     for damaged in checkpoints_of(out):
         if checkpoint and damaged > path:                           # passed over: out of the way of what will be saved
             damaged.rename(damaged.with_suffix(".damaged"))
-    if checkpoint and (missing := {"G", "D", "G_ema", "opt_G", "opt_D"} - checkpoint.keys()):
-        raise UserError(f"the newest checkpoint in {s.out} cannot be continued: it lacks {', '.join(sorted(missing))}; "
-                        "choose another --out")
     return path
 
 
@@ -758,7 +755,11 @@ def main(arguments):
     path = together(open_run, s, described, first_only=True)
     trainer = Trainer(s, config, device)
     if path:
-        trainer.load_state(together(read_checkpoint, path))
+        checkpoint = together(read_checkpoint, path)
+        if missing := trainer.parts().keys() - checkpoint.keys():
+            raise UserError(f"the newest checkpoint in {s.out} cannot be continued: it lacks {', '.join(sorted(missing))}; "
+                            "choose another --out")
+        trainer.load_state(checkpoint)
         say(f"continuing {s.out} from step {trainer.step}")
     if trainer.step >= s.steps:
         say(f"{s.out} has {trainer.step} steps already; a larger --steps trains on, another --out starts anew")
@@ -781,7 +782,7 @@ def look_closer(trainer, data, held_out, s):
     entry = {"sigma": trainer.spectra()}
     highest = {network: max((sigmas[0], name) for name, sigmas in entry["sigma"].items() if name.startswith(network)) for network in "GD"}
     text = "largest sigma_0: " + ", ".join(f"{sigma:.3g} in {name}" for sigma, name in highest.values())
-    if held_out and trainer.border is not None:
+    if held_out:
         for name, images in ("training", data), ("held_out", held_out):
             entry[f"D_calls_{name}_real"] = trainer.share_called_real(*some_images(images, 512, s.seed))
         text += (f"; D calls {entry['D_calls_training_real']:.0%} of training "
