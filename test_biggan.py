@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -1188,7 +1189,7 @@ def test_a_step_of_two_parameters_on_paper():
     # R1: |dD/dx|^2 / 2 = (psi / n)^2 n / 2 with n = 3072 pixels of slope psi / n each, so gamma psi / n comes on top.
     theta, psi, lr, gamma, n = 0.4, 0.3, 0.1, 50.0, 3 * 32 * 32
     t, real = trainer("--ortho", "0", "--r1", gamma)
-    t.G, t.D = t.parallel_G, t.parallel_D = Point(theta), Slope(psi)
+    t.G, t.D = t.fast_G, t.fast_D = t.parallel_G, t.parallel_D = Point(theta), Slope(psi)
     t.ema, t.opt_G, t.opt_D = EMA(t.G, 0.9), torch.optim.SGD(t.G.parameters(), lr), torch.optim.SGD(t.D.parameters(), lr)
     x, y = next(real)
     logged = t.train_step(iter([(x, y)]))
@@ -1200,6 +1201,77 @@ def test_a_step_of_two_parameters_on_paper():
     close([logged[k] for k in ("D_real", "D_fake", "D_penalty", "G_loss")],
           [psi * m, psi * theta, gamma * psi**2 / n / 2, -new_psi * theta], 1e-5)
     close([logged["D_grad"], logged["G_grad"]], [abs(theta - m + gamma * psi / n), new_psi], 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_takes_nearly_the_step_of_float32(precision):
+    (exact, real), (t, _) = trainer("--ortho", "1e-2"), trainer("--ortho", "1e-2", "--precision", precision)
+    t.scaler_D = torch.amp.GradScaler("cpu", init_scale=2.0**10) if precision == "fp16" else t.scaler_D
+    x, y = next(real)
+    logged = [u.train_step(iter([(x, y)])) for u in (exact, t)]
+    assert logged[1]["D_skipped"] == 0 and t.half.itemsize == 2
+    for network in "GD":
+        for (name, p), q in zip(getattr(exact, network).named_parameters(), getattr(t, network).parameters()):
+            if p.grad.norm() > 1e-3 and not (precision == "fp16" and network == "G" and logged[1]["G_skipped"]):
+                assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), 0) > 0.9, name
+                assert 0.9 < q.grad.norm() / p.grad.norm() < 1.1, name
+
+
+def test_the_loss_scale_drops_out_of_the_step_and_halves_when_it_overflows():
+    t, real = trainer("--precision", "fp16")
+    before = copy.deepcopy(t.D.state_dict())
+    t.scaler_D = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    logged = t.train_step(real)                                         # the scaled gradient of every activation is infinite in float16
+    assert logged["D_skipped"] == 1 and logged["D_grad"] == 0 and t.scaler_D.get_scale() == 2.0**59
+    assert_same(parameters_of(t.D), {name: before[name] for name in parameters_of(t.D)})
+    t.G, t.D = t.fast_G, t.fast_D = t.parallel_G, t.parallel_D = Point(0.4), Slope(0.3)
+    t.ema, t.opt_G, t.opt_D = EMA(t.G, 0.9), torch.optim.SGD(t.G.parameters(), 0.1), torch.optim.SGD(t.D.parameters(), 0.1)
+    t.s.ortho, t.not_finite, t.scaler_D = 0, {}, torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    x, y = next(real)
+    t.train_step(iter([(x, y)]))
+    psi = 0.3 - 0.1 * (0.4 - x.mean().item())
+    close(t.D.psi.detach(), psi, 1e-3), close(t.G.theta.detach(), 0.4 + 0.1 * psi, 1e-3)
+
+
+def parameters_of(network):
+    return {name: p.detach() for name, p in network.named_parameters()}
+
+
+def test_a_divergence_is_named_by_its_layer_and_leaves_the_weights_whole():
+    t, real = trainer()
+    hook = t.D.blocks[1].conv1.weight.register_hook(lambda gradient: gradient / 0)
+    before = copy.deepcopy(parameters_of(t.D))
+    assert t.train_step(real)["D_skipped"] == 1 and t.first_not_finite() == "the gradient of D.blocks.1.conv1.weight"
+    assert_same(parameters_of(t.D), before)
+    with pytest.raises(SystemExit, match="the gradient of D.blocks.1.conv1.weight is no longer finite"):
+        train.stop_if_not_finite(t, {}, t.s)
+    hook.remove()
+    hook = t.G.blocks[2].register_forward_hook(lambda module, inputs, output: output / 0)
+    assert t.first_not_finite() == "the output of G.blocks.2"
+    hook.remove()
+    with torch.no_grad():
+        t.G.blocks[1].bn1.gain.weight[3, 5] = math.nan
+    assert t.first_not_finite() == "the weight G.blocks.1.bn1.gain.weight"
+
+
+def test_the_micro_batch_that_fits_is_found_by_trying():
+    t, _ = trainer("--batch", 24)
+
+    def memory_for_four(module, inputs):
+        if len(inputs[0]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    t.G.register_forward_pre_hook(memory_for_four)
+    assert t.micro_batch_that_fits() == 3                               # 24, then 12, 6 and 3
+    t.D.register_forward_pre_hook(lambda module, inputs: memory_for_four(module, [range(99)]))
+    assert t.micro_batch_that_fits() is None
+
+
+def test_networks_that_do_not_fit_into_memory_end_in_one_sentence(tmp_path):
+    process = run_command("train.py", *TINY, "--ch", 4096, "--out", tmp_path / "r", "--steps", 1,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30)))
+    error = process.communicate()[1]
+    assert process.returncode == 2 and re.fullmatch("error: the networks of --model shapes32 --ch 4096 do not fit.*\n", error), error
 
 
 def test_the_bound_on_singular_values_holds_in_training():
@@ -1418,6 +1490,12 @@ def test_a_run_that_has_become_nan_stops_and_keeps_its_checkpoints(tmp_path):
 
 # ---------------------------------------------------------------- several processes
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
 def normalise_a_part(rank, port, folder):
     """One of two processes: its half of the batch through a batch norm, and back."""
     torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
@@ -1434,10 +1512,7 @@ def test_cross_replica_batch_norm_is_that_of_the_whole_batch(tmp_path):
     x, g = 5 + torch.randn(8, 3, 4, 4, dtype=torch.float64), torch.randn(8, 3, 4, 4, dtype=torch.float64)
     x[:4] *= 3                                                          # the halves differ in mean and variance
     torch.save([x, g], tmp_path / "batch.pt")
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(normalise_a_part, (port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(normalise_a_part, (free_port(), tmp_path), nprocs=2)
     (y0, x0, g0, *running), (y1, x1, g1, *_) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     x.requires_grad_()
     bn, witness = BatchNorm(3, 1e-4).double(), nn.BatchNorm2d(3, 1e-4).double()
@@ -1447,6 +1522,30 @@ def test_cross_replica_batch_norm_is_that_of_the_whole_batch(tmp_path):
         y.backward(g)
         close(torch.cat([y0, y1]), y, 1e-12), close(torch.cat([x0, x1]), x.grad, 1e-12), close(g0 + g1, gain.grad, 1e-12)
         close(running[0], whole.running_mean, 1e-12), close(running[1], whole.running_var, 1e-12)
+
+
+def compile_a_part(rank, port, folder):
+    """One of two processes: G and D as torch.compile traces them, each as one graph without a break, against G and D themselves."""
+    torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    plain_G, plain_D = Generator(small("shapes32")), Discriminator(small("shapes32"))
+    z, y = torch.randn(2, 3, 64)[rank], torch.arange(3)
+    results = []
+    for trace in (lambda network: network, lambda network: torch.compile(network, backend="aot_eager", fullgraph=True, dynamic=False)):
+        G, D = copy.deepcopy(plain_G), copy.deepcopy(plain_D)
+        logits = trace(D)(trace(G)(z, y), y)
+        logits.sum().backward()
+        results.append([logits.detach(), *(p.grad for p in G.parameters()), *G.buffers()])
+    torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_torch_compile_finds_no_graph_break_not_even_at_the_exchange_of_moments(tmp_path):
+    torch.multiprocessing.spawn(compile_a_part, (free_port(), tmp_path), nprocs=2)
+    for rank in (0, 1):
+        plain, compiled = torch.load(tmp_path / f"{rank}.pt")
+        for a, b in zip(plain, compiled):
+            close(a, b, 1e-5, 1e-5)
 
 
 SHARED = ["--preset", "shapes", "--ch", "8", "--batch", "8", "--precision", "fp64", "--d-steps", "2", "--ema", "0.9", "--ema-start", "1",

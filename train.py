@@ -79,7 +79,9 @@ class Settings:
     ema: float = option(0.9999, "decay of the averaged generator")
     ema_start: int = option(20_000, "step from which G is averaged; before it the average follows G")
     flip: int = option(1, "1 mirrors each real image with probability 1/2; 0 never does")
-    precision: str = option("auto", "bf16 (autocast), fp32, fp64 (to prove things), or auto: bf16 where the hardware has it, else fp32")
+    precision: str = option("auto", "bf16, fp16 (with loss scaling), fp32, fp64 (to prove things); auto: bf16 where the hardware has it, "
+                                    "else fp32")
+    compile: bool = option(False, "let torch.compile fuse G's and D's operations; the first step then takes minutes")
     seed: int = option(0, "of weights, noise and data order")
     workers: int = option(None, "processes that decode images (default: 8 beside a GPU, 0 on a CPU)")
     held_out: str = option(None, "folder of held-out images of the same classes: does D take them for real as often as those of --data?")
@@ -119,7 +121,9 @@ PRESETS = {  # what differs from the defaults above
 }
 
 # These may differ when a run is continued: they change where and how long, not what is computed.
-FREE_TO_CHANGE = {"data", "out", "held_out", "steps", "workers", "log_every", "sample_every", "save_every", "eval_every", "keep"}
+FREE_TO_CHANGE = {"data", "out", "held_out", "steps", "workers", "log_every", "sample_every", "save_every", "eval_every", "keep", "compile"}
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}              # what autocast computes convolutions and products in
 
 
 def parse_settings(arguments):
@@ -129,9 +133,13 @@ def parse_settings(arguments):
     parser.epilog = "presets, as the options they stand for:\n" + "\n".join(f"  {name:<18}{spell(p)}" for name, p in PRESETS.items())
     for f in dataclasses.fields(Settings):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default is not None else "")
-        choices = {"preset": list(PRESETS), "model": list(MODELS), "loss": list(LOSSES), "precision": ["auto", "bf16", "fp32", "fp64"]}
-        metavar = {int: "N", float: "X", str: "NAME" if f.name in choices else "DIR"}[f.type]
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=choices.get(f.name), help=text, metavar=metavar)
+        choices = {"preset": list(PRESETS), "model": list(MODELS), "loss": list(LOSSES), "precision": ["auto", *HALF, "fp32", "fp64"]}
+        flag = "--" + f.name.replace("_", "-")
+        if f.type is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=f.metadata["help"])
+        else:
+            metavar = {int: "N", float: "X", str: "NAME" if f.name in choices else "DIR"}[f.type]
+            parser.add_argument(flag, type=f.type, choices=choices.get(f.name), help=text, metavar=metavar)
     typed = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     preset = typed.get("preset", Settings.preset)
     s = Settings(**{**PRESETS[preset], **typed})
@@ -414,8 +422,12 @@ def ignore_interrupts(worker):
 
 # ---------------------------------------------------------------- several processes
 
+store = None                                                       # what the processes can leave for one another, if there are several
+
+
 def join_processes():
     """Find the other processes, if torchrun has started several. Returns this one's device."""
+    global store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device()
     # The strides of a 1x1 kernel can be written in two ways, which DDP takes for a difference.
@@ -432,6 +444,13 @@ def join_processes():
 def say(*words, **options):
     if rank() == 0:
         print(*words, **options)
+
+
+def fail(sentence, status=1):
+    """End this process at once, without a word to the others. Where several fail for the same reason, the first one says it."""
+    if store is None or store.add(sentence, 1) == 1:
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    os._exit(status) if processes() > 1 else sys.exit(status)       # a usual end would wait for the other processes
 
 
 def together(work, *arguments, first_only=False):
@@ -480,11 +499,19 @@ class Trainer:
         self.loss_d, self.loss_g, self.border = LOSSES[s.loss]
         self.step = 0
         self.rows, self.micro = own_rows(s), (s.micro_batch or s.batch) // processes()
-        self.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=s.precision == "bf16")
-        # With several processes, called in place of G and D where gradients are wanted: averages them over the processes.
+        self.half = HALF.get(s.precision)
+        # What autocast leaves in float32 may round to TF32 where the rest is coarser anyway; under fp32, float32 means float32.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.half is not None
+        # Half of the gradients would be too small for float16: the scaler multiplies the loss by a large number, divides the gradients
+        # by it, and lowers it where they overflow. In any precision it leaves out an update whose gradient is not finite.
+        scale = {} if self.half == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+        self.scaler_G, self.scaler_D = (torch.amp.GradScaler(device.type, **scale) for _ in "GD")
+        self.not_finite = {}                                        # of each network: in how many updates each gradient was not finite
+        # Called in place of G and D in training: compiled, and averaging gradients over the processes. Both share the weights.
+        self.fast_G, self.fast_D = (torch.compile(network, dynamic=False) if s.compile else network for network in (self.G, self.D))
         self.parallel_G, self.parallel_D = (
             torch.nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
-            if processes() > 1 else network for network in (self.G, self.D))
+            if processes() > 1 else network for network in (self.fast_G, self.fast_D))
         say(f"{s.precision} on {torch.cuda.get_device_name() if device.type == 'cuda' else 'the CPU'}"
             f"{f', {processes()} processes' if processes() > 1 else ''}; "
             f"G {sum(p.numel() for p in self.G.parameters()):,} and D {sum(p.numel() for p in self.D.parameters()):,} parameters")
@@ -497,6 +524,9 @@ class Trainer:
         mix = torch.rand(self.s.batch, generator=generator)
         return zip(*(noise[self.rows].to(self.device).split(self.micro) for noise in (z.to(self.dtype), y, mix.to(self.dtype))))
 
+    def autocast(self, half):
+        return torch.autocast(self.device.type, half, enabled=half is not None)
+
     def communicating(self, network, last):
         """Around the forward and backward pass of a micro-batch: only the last one sends its gradients to the other processes."""
         return nullcontext() if last or processes() == 1 else network.no_sync()
@@ -505,7 +535,8 @@ class Trainer:
         """d_steps updates of D, then one of G. Returns what the log wants, as tensors."""
         s = self.s
         share = self.micro / len(self.rows)                         # of one micro-batch in the whole gradient
-        logged = dict.fromkeys(("D_real", "D_fake", "D_loss", "D_penalty", "D_grad", "G_loss", "ortho", "G_grad"), 0)
+        logged = dict.fromkeys(("D_real", "D_fake", "D_loss", "D_penalty", "D_grad", "D_skipped",
+                                "G_loss", "ortho", "G_grad", "G_skipped"), 0)
 
         self.D.requires_grad_(True)
         for part in range(1, s.d_steps + 1):
@@ -516,50 +547,103 @@ class Trainer:
                 if s.loss == "wgan-gp":
                     fake_y = y                                      # the penalty's lines join images of one class
                 with self.communicating(self.parallel_D, last=k == len(parts)):
-                    with self.autocast():
+                    with self.autocast(self.half):
                         with torch.no_grad():
-                            fake = self.G(z, fake_y)
+                            fake = self.fast_G(z, fake_y)
                         # Real and fake in one call: D has no batch norm, so they do not meet, and one large batch is faster.
                         both = torch.cat([x, fake]), torch.cat([y, fake_y])
                         real_logits, fake_logits = self.parallel_D(*both).chunk(2)
-                        penalty = real_logits.new_zeros(())
+                    penalty = real_logits.new_zeros(())
+                    with self.autocast(None if s.precision == "fp16" else self.half):   # slopes are too small for float16
                         if s.r1:
                             penalty += s.r1 * r1_penalty(self.D, x, y)
                         if s.loss == "wgan-gp":
-                            penalty += s.gp * gradient_penalty(self.D, x, fake, y, mix)
+                            penalty += s.gp * gradient_penalty(self.D, x, fake.to(x.dtype), y, mix)
                     loss = self.loss_d(real_logits, fake_logits)
-                    ((loss + penalty) * share).backward()
+                    self.scaler_D.scale((loss + penalty) * share).backward()
                 for name, value in (("D_real", real_logits.mean()), ("D_fake", fake_logits.mean()), ("D_loss", loss),
                                     ("D_penalty", penalty)):
                     logged[name] += value.detach() * share / s.d_steps
-            logged["D_grad"] += gradient_norm(self.D) / s.d_steps
-            self.opt_D.step()
+            self.update("D", logged, share=1 / s.d_steps)
 
         self.D.requires_grad_(False)                                # G's gradient passes through D but none is kept there
         self.opt_G.zero_grad()
         bound = {"fixed": s.sigma_fixed, "ratio": s.sigma_ratio}
         if s.ortho:
             ortho = orthogonal_regularisation(self.G)
-            (s.ortho * ortho).backward()
+            self.scaler_G.scale(s.ortho * ortho).backward()
             logged["ortho"] = ortho.detach()
         if s.sigma_pull:
-            (s.sigma_pull * sigma_pull(self.G, **bound)).backward()
+            self.scaler_G.scale(s.sigma_pull * sigma_pull(self.G, **bound)).backward()
         parts = list(self.noise(0))
         for k, (z, y, _) in enumerate(parts, start=1):
             with self.communicating(self.parallel_G, last=k == len(parts)):
-                with self.autocast():
-                    fake_logits = self.D(self.parallel_G(z, y), y)
+                with self.autocast(self.half):
+                    fake_logits = self.fast_D(self.parallel_G(z, y), y)
                 loss = self.loss_g(fake_logits)
-                (loss * share).backward()
+                self.scaler_G.scale(loss * share).backward()
             logged["G_loss"] += loss.detach() * share
-        logged["G_grad"] = gradient_norm(self.G)
-        self.opt_G.step()
+        self.update("G", logged, share=1)
         if (s.sigma_fixed or s.sigma_ratio) and not s.sigma_pull:
             clamp_sigma(self.G, **bound)
 
         self.step += 1
         self.ema.update(self.G, self.step)
         return logged
+
+    def update(self, network, logged, share):
+        """One step of a network's optimiser, unless its gradient is not finite. Logs the gradient's length, as that of one vector."""
+        optimiser, scaler = getattr(self, f"opt_{network}"), getattr(self, f"scaler_{network}")
+        scaler.unscale_(optimiser)
+        gradients = {name: p.grad for name, p in getattr(self, network).named_parameters() if p.grad is not None}
+        lengths = torch.stack(torch._foreach_norm(list(gradients.values())))
+        length = lengths.norm()
+        # Counted where the numbers are: asking for them would make the CPU wait for the GPU at every update.
+        counts = self.not_finite.setdefault(network, torch.zeros_like(lengths))
+        counts += ~lengths.isfinite()
+        logged[f"{network}_skipped"] += (~length.isfinite()).float() * share
+        logged[f"{network}_grad"] += torch.where(length.isfinite(), length, 0) * share
+        scaler.step(optimiser)
+        scaler.update()
+
+    def micro_batch_that_fits(self):
+        """After memory ran out: the largest --micro-batch with which a step works, at most half, quarter, ... of the present one.
+
+        Tried out, which spoils the weights. In eval mode: batch norm would wait for other processes, which are no longer in step."""
+        self.G.train(processes() == 1)
+        self.parallel_G, self.parallel_D = self.G, self.D
+        share, limit = len(self.rows), self.micro
+        while limit := max((n for n in range(1, limit // 2 + 1) if share % n == 0), default=0):
+            self.opt_G.zero_grad(), self.opt_D.zero_grad()
+            rows, micro, self.rows, self.micro = self.rows, self.micro, self.rows[:limit], limit
+            try:
+                x = torch.zeros(limit, 3, self.config.resolution, self.config.resolution, device=self.device)
+                self.train_step(iter([(x, torch.zeros(limit, dtype=torch.int64, device=self.device))] * self.s.d_steps))
+                return limit * processes()
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+            finally:
+                self.rows, self.micro = rows, micro
+
+    @torch.no_grad()
+    def first_not_finite(self):
+        """What to look at after a divergence, in words. Every process must ask."""
+        found = [f"the weight {network}.{name}" for network in "GD" for name, p in getattr(self, network).named_parameters()
+                 if not p.isfinite().all()]
+        hooks = [module.register_forward_hook(lambda module, inputs, output, name=f"{network}.{name}":
+                                              None if output.isfinite().all() else found.append(f"the output of {name}"))
+                 for network in "GD" for name, module in getattr(self, network).named_modules() if name]
+        z, y, _ = next(iter(self.noise(0)))
+        with self.autocast(self.half):
+            self.D(self.G(z, y), y)
+        for hook in hooks:
+            hook.remove()
+        for network, counts in self.not_finite.items():
+            names = [name for name, p in getattr(self, network).named_parameters() if p.grad is not None]
+            # Backward, the trouble spreads from the last layer that has it to the first.
+            found += [f"the gradient of {network}.{name}" for name, count in zip(names[::-1], counts.tolist()[::-1]) if count]
+        return found[0] if found else None
 
     def spectra(self):
         """The first three singular values of every layer's weight, before spectral norm: {"G.linear": [sigma_0, sigma_1, sigma_2], ...}."""
@@ -570,14 +654,15 @@ class Trainer:
     def share_called_real(self, images, labels):
         """Of real images (N, R, R, 3) uint8, the share that D takes for real."""
         self.D.eval()
-        with self.autocast():
+        with self.autocast(self.half):
             logits = [self.D(to_network(x, self.device).to(self.dtype), y.to(self.device))
                       for x, y in zip(images.split(64), labels.split(64))]
         self.D.train()
         return (torch.cat(logits) > self.border).float().mean().item()
 
     def parts(self):
-        return {"G": self.G, "D": self.D, "G_ema": self.ema.model, "opt_G": self.opt_G, "opt_D": self.opt_D}
+        return {"G": self.G, "D": self.D, "G_ema": self.ema.model, "opt_G": self.opt_G, "opt_D": self.opt_D,
+                "scaler_G": self.scaler_G, "scaler_D": self.scaler_D}
 
     def state(self):
         return {"step": self.step, **{name: part.state_dict() for name, part in self.parts().items()}}
@@ -588,9 +673,8 @@ class Trainer:
         self.step = state["step"]
 
 
-def gradient_norm(network):
-    """The length of the whole gradient as one vector."""
-    return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+def out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def has_bf16(device):
@@ -753,7 +837,12 @@ def main(arguments):
     config = model_config(s, len(data.classes))
     described = {**plain(config), **dataclasses.asdict(s), "images": len(data), "classes": data.classes}
     path = together(open_run, s, described, first_only=True)
-    trainer = Trainer(s, config, device)
+    try:
+        trainer = Trainer(s, config, device)
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            fail(f"the networks of --model {s.model} --ch {s.ch} do not fit into memory; choose a smaller --ch or --model", 2)
+        raise
     if path:
         checkpoint = together(read_checkpoint, path)
         if missing := trainer.parts().keys() - checkpoint.keys():
@@ -768,11 +857,20 @@ def main(arguments):
             save_atomically(Path(s.out, "config.json"), lambda f: f.write(json.dumps(described, indent=1).encode()))
         try:
             train(trainer, data, held_out, s)
-        except RuntimeError as error:
-            if processes() == 1 or not re.search("onnection|NCCL|[Tt]imed out", str(error)):
+        except (MemoryError, RuntimeError) as error:
+            full, lost = out_of_memory(error), processes() > 1 and re.search("onnection|NCCL|[Tt]imed out", str(error))
+            if not (full or lost):
                 raise
-            raise SystemExit(f"error: process {rank()} has lost another one, whose own message says why; the same command continues, "
-                             "and torchrun --max-restarts N repeats it by itself") from None
+        else:
+            full = lost = False
+        if full:                                                    # only here, where the exception no longer holds any tensor
+            fitting = trainer.micro_batch_that_fits()
+            fail(f"memory ran out in step {trainer.step + 1} with {trainer.micro * processes()} images at a time; " + (
+                 f"--micro-batch {fitting} fits; batch norm then sees {fitting} images" if fitting else
+                 "not even one image at a time fits; choose a smaller --ch or --model"), 2)
+        if lost:
+            fail("a process has lost another one, whose own message says why; the same command continues, "
+                 "and torchrun --max-restarts N repeats it by itself")
     if processes() > 1:
         dist.destroy_process_group()
 
@@ -840,15 +938,18 @@ def train(trainer, data, held_out, s):
 
 
 def stop_if_not_finite(trainer, means, s):
-    """A network that has produced a NaN never recovers, and a checkpoint of it is worth nothing: stop before one is written."""
-    bad = [name for name, value in means.items() if not math.isfinite(value)]
-    bad += [f"{network}.{name}" for network in ("G", "D") for name, p in getattr(trainer, network).named_parameters()
-            if not p.isfinite().all()]
-    if bad:
-        earlier = f"the checkpoints in {s.out} are from before" if checkpoints_of(s.out) else "there is no checkpoint from before"
-        raise SystemExit(1 if rank() else
-                         f"error: training has diverged at step {trainer.step}, {bad[0]} is no longer finite; nothing of it was saved, "
-                         f"{earlier}; start a new run with smaller learning rates or penalties")
+    """A network that has produced a NaN never recovers, and a checkpoint of it is worth nothing: stop before one is written.
+
+    Under float16 single updates are left out as a matter of course; there it is time to stop when no loss scale is small enough."""
+    lowest_scale = min(trainer.scaler_G.get_scale(), trainer.scaler_D.get_scale())
+    if (all(map(math.isfinite, means.values())) and lowest_scale >= (2**-14 if s.precision == "fp16" else 1)
+            and all(p.isfinite().all() for network in (trainer.G, trainer.D) for p in network.parameters())):
+        return
+    what = trainer.first_not_finite() or next(name for name, value in means.items() if not math.isfinite(value))
+    earlier = f"the checkpoints in {s.out} are from before" if checkpoints_of(s.out) else "there is no checkpoint from before"
+    raise SystemExit(1 if rank() else
+                     f"error: training has diverged at step {trainer.step}: {what} is no longer finite; nothing of it was saved, "
+                     f"{earlier}; start a new run with smaller learning rates or penalties")
 
 
 if __name__ == "__main__":
