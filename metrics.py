@@ -24,7 +24,7 @@ from PIL import Image
 from biggan import standing_statistics
 from sample import (STANDING_BATCHES, Parser, UserError, at_least_one, check_output, draw, positive, read_generator, run,
                     save_atomically, seed_number, warn)
-from train import Shapes, is_image, load_image
+from train import Shapes, is_image, load_image, open_packed
 
 
 # ---------------------------------------------------------------- distances between distributions
@@ -146,10 +146,17 @@ def find_images(source):
 
 
 def load_images(source, resolution, n, seed):
-    """n images of a folder, or freshly drawn shapes that training never sees: (n, R, R, 3) uint8. Unreadable files are named."""
+    """n images of a folder, packed or not, or freshly drawn shapes that training never sees: (n, R, R, 3) uint8.
+
+    Unreadable files are named."""
     if source == "shapes":
         shapes = Shapes(resolution)
         return np.stack([shapes[Shapes.length + seed * n + i][0] for i in range(n)])
+    if Path(source, "packed.json").exists():
+        packed = open_packed(source, resolution).images
+        if len(packed) < n:
+            raise UserError(f"{source} has {len(packed)} images, fewer than --n {n}; pass --n {len(packed)}")
+        return np.stack([packed[i] for i in np.random.default_rng(seed).permutation(len(packed))[:n]])
     paths, images = find_images(source), []
     for i in np.random.default_rng(seed).permutation(len(paths)):
         if len(images) == n:
@@ -165,6 +172,8 @@ def load_images(source, resolution, n, seed):
 
 def common_side(source):
     """The largest power of two that the first readable image of a folder is not smaller than."""
+    if Path(source, "packed.json").exists():
+        return json.loads(Path(source, "packed.json").read_text())["resolution"]
     for path in find_images(source):
         try:
             with Image.open(path) as image:

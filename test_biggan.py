@@ -7,6 +7,9 @@ Order: the techniques as in biggan.py, then scores, data, runs, and what happens
 
 import copy
 import dataclasses
+import hashlib
+import http.server
+import io
 import itertools
 import json
 import math
@@ -18,6 +21,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -1031,7 +1036,7 @@ def test_a_folders_classes_are_its_sub_folders_in_order(tmp_path):
             picture(tmp_path / name, f"{i}.png")
     (tmp_path / "a" / "notes.txt").write_text("not an image")
     data = train.ImageFolder(tmp_path, 8)
-    assert data.classes == ["a", "b"] and data.labels == [0, 0, 1, 1, 1] and data[4][1] == 1
+    assert data.classes == ["a", "b"] and data.labels.tolist() == [0, 0, 1, 1, 1] and data[4][1] == 1
 
 
 def test_a_corrupt_file_is_named_and_replaced_by_the_next_of_its_class(tmp_path, capsys):
@@ -1042,6 +1047,108 @@ def test_a_corrupt_file_is_named_and_replaced_by_the_next_of_its_class(tmp_path,
     data = train.ImageFolder(tmp_path, 8)
     assert data[1][0][0, 0].tolist() == [0, 0, 255] and data[1][1] == 0
     assert capsys.readouterr().err.count("warning: skipped") == 1                # named once, not every time
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path, monkeypatch):
+    shape = np.kron(train.Shapes(64)[4][0], np.ones((32, 32, 1), np.uint8))           # 2048 pixels per side
+    Image.fromarray(shape).save(tmp_path / "a.jpg", quality=95)
+    decoded = []
+    monkeypatch.setattr(Image.Image, "convert", lambda image, *a, convert=Image.Image.convert: decoded.append(image.size) or convert(image, *a))
+    assert np.abs(train.load_image(tmp_path / "a.jpg", 64).astype(int) - train.Shapes(64)[4][0]).mean() < 2
+    assert decoded == [(256, 256)]                                      # an eighth, the smallest a JPEG can do
+    assert train.load_image(tmp_path / "a.jpg", 512).shape == (512, 512, 3) and decoded[1] == (1024, 1024)
+
+
+@pytest.fixture
+def mixed_folder(tmp_path):
+    """600 images, three blocks to pack, in two classes; one in colour, the others grey, one corrupt."""
+    noise = np.random.default_rng(0).integers(0, 255, (600, 9, 9), np.uint8)
+    for i, image in enumerate(noise):
+        path = picture(tmp_path / "images" / "ab"[i % 2], f"{i:03d}.png")
+        Image.fromarray(image).save(path)
+    picture(tmp_path / "images" / "a", "000.png", colour=(10, 20, 30))
+    (tmp_path / "images" / "b" / "301.png").write_bytes(b"not an image")
+    return tmp_path / "images"
+
+
+def test_a_packed_folder_holds_the_folders_pixels_labels_and_classes(mixed_folder, tmp_path, capsys):
+    start("--preset", "shapes", "--data", mixed_folder, "--pack", tmp_path / "packed")
+    assert "600 images at 32x32: 0.00 GB" in capsys.readouterr().out
+    data, packed = train.open_data(mixed_folder, 32), train.open_data(tmp_path / "packed", 32)
+    assert isinstance(packed.images, np.memmap) and packed.classes == ["a", "b"] and len(packed) == 600
+    assert all(np.array_equal(data[i][0], packed[i][0]) and data[i][1] == packed[i][1] for i in range(600))
+    runs = [["--data", source, "--ch", 8, "--batch", 8, "--steps", 2, "--flip", 1, "--out", tmp_path / f"run{k}"]
+            for k, source in enumerate((mixed_folder, tmp_path / "packed"))]
+    for run in runs:
+        start("--preset", "shapes", "--held-out", tmp_path / "packed" if run[1] == mixed_folder else mixed_folder, *run)
+    assert_same(weights_of(tmp_path / "run0", 2), weights_of(tmp_path / "run1", 2))
+    start_metrics = ["--fake", tmp_path / "packed", "--real", mixed_folder, "--n", 20, "--out", tmp_path / "m.json"]
+    start(*start_metrics, module=metrics)
+    assert json.loads((tmp_path / "m.json").read_text())["resolution"] == 32
+
+
+def test_packing_that_was_killed_continues_and_a_damaged_block_is_packed_again(mixed_folder, tmp_path, monkeypatch, capsys):
+    command = ["--preset", "shapes", "--data", mixed_folder, "--pack", tmp_path / "packed", "--workers", 1]
+    process = run_command("train.py", *command)
+    while not (tmp_path / "packed" / "checksums.npy").exists() or (np.load(tmp_path / "packed" / "checksums.npy") < 0).all():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    done = np.load(tmp_path / "packed" / "checksums.npy") >= 0
+    if not done.all():                                                  # it was, on a machine that was faster than the kill
+        assert "lacks" in refused(monkeypatch, capsys, train, "--preset", "shapes", "--data", tmp_path / "packed", "--out", tmp_path / "r")
+    whole, first_block = (tmp_path / "packed" / "images.npy"), slice(128, 128 + 256 * 32 * 32 * 3)
+    with open(whole, "r+b") as f:                                       # what is there already is kept, if it is sound
+        f.seek(128 + 300 * 32 * 32 * 3)
+        f.write(b"damage")
+    kept = whole.read_bytes()[first_block]
+    start(*command)
+    assert not done[1] or "images 256 to 511" in capsys.readouterr().err
+    assert whole.read_bytes()[first_block] == kept
+    data, packed = train.open_data(mixed_folder, 32), train.open_data(tmp_path / "packed", 32)
+    assert all(np.array_equal(data[i][0], packed[i][0]) for i in range(600))
+    for change, sentence in ((lambda: (mixed_folder / "a" / "000.png").unlink(), "was packed from other images"),
+                             (lambda: command.__setitem__(3, tmp_path / "packed"), "was packed from other images"),
+                             (lambda: command.__setitem__(5, mixed_folder), "is in use for something else")):
+        change()
+        assert sentence in refused(monkeypatch, capsys, train, *command)
+    for spoil, sentence in ((lambda: None, "pixels and the model draws 64"),
+                            (lambda: np.save(tmp_path / "packed" / "labels.npy", np.arange(600)), "is damaged"),
+                            (lambda: (tmp_path / "packed" / "packed.json").write_text("{"), "is damaged")):
+        spoil()
+        model = "biggan64" if "draws" in sentence else "shapes32"
+        assert sentence in refused(monkeypatch, capsys, train, "--preset", "shapes", "--model", model, "--data", tmp_path / "packed")
+
+
+def test_cifar_10_is_fetched_once_checked_and_packed(tmp_path, capsys):
+    # A small archive of the official layout: 4 records per file, image k of file f all of the value 10 f + k.
+    (tmp_path / "www").mkdir()
+    with tarfile.open(tmp_path / "www" / "c.tar.gz", "w:gz") as tar:
+        for f, name in enumerate([*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin", "batches.meta.txt"]):
+            content = b"".join(bytes([k]) + bytes([10 * f + k]) * 1024 + bytes([1]) * 1024 + bytes([2]) * 1024 for k in range(4))
+            content = b"airplane\nautomobile\nbird\ncat\n\n" if "meta" in name else content
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    md5 = hashlib.md5((tmp_path / "www" / "c.tar.gz").read_bytes()).hexdigest()
+    server = http.server.ThreadingHTTPServer(("localhost", 0), lambda *a: http.server.SimpleHTTPRequestHandler(*a, directory=tmp_path / "www"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://localhost:{server.server_address[1]}/c.tar.gz"
+    with pytest.raises(sample.UserError, match="its md5 is .*, not 0; delete it and repeat"):
+        train.fetch_cifar10(tmp_path / "data", url, "0")
+    (tmp_path / "data" / "c.tar.gz").unlink()
+    with pytest.raises(sample.UserError, match="could not be fetched .*put it at .*none.tar.gz, and repeat"):
+        train.fetch_cifar10(tmp_path / "data", url.replace("c.tar", "none.tar"), md5)
+    train.fetch_cifar10(tmp_path / "data", url, md5)
+    server.shutdown()
+    server.server_close()
+    train.fetch_cifar10(tmp_path / "data", url, md5)                    # once: without a server
+    data, test = (train.open_data(tmp_path / "data" / name, 32) for name in ("cifar10", "cifar10-test"))
+    assert data.classes == test.classes == ["airplane", "automobile", "bird", "cat"] and (len(data), len(test)) == (20, 4)
+    for i in range(20):
+        image, label = data[i]
+        assert label == i % 4 and (image == [10 * (i // 4) + i % 4, 1, 2]).all()
+    assert (test[3][0] == [53, 1, 2]).all()
 
 
 def test_every_shape_is_drawn_inside_its_picture_and_reproducibly():

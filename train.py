@@ -19,15 +19,21 @@ import copy
 import ctypes
 import dataclasses
 import fcntl
+import hashlib
+import http.client
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
+import tarfile
 import time
+import urllib.request
 import warnings
+import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +61,8 @@ def option(default, help):
 class Settings:
     """Every setting of a run, its default (the paper's ImageNet run at 128x128; ema_start is the author's code's) and what it does."""
     preset: str = option("imagenet128", "a named set of values for the options below, listed at the end")
-    data: str = option(None, "folder with one sub-folder of images per class, or 'shapes'")
+    data: str = option(None, "folder with one sub-folder of images per class, or one that --pack wrote, or 'shapes'")
+    pack: str = option(None, "do not train: decode all images of --data once, at the model's resolution, into this folder")
     out: str = option(None, "run folder (default: runs/PRESET)")
     model: str = option("biggan128", f"architecture, one of {', '.join(MODELS)}")
     ch: int = option(None, "width: the number all channel counts are multiples of (default: the model's, 96 for biggan128)")
@@ -95,7 +102,7 @@ class Settings:
 PRESETS = {  # what differs from the defaults above
     "shapes": dict(data="shapes", model="shapes32", steps=3000, batch=64, d_steps=1, g_lr=2e-4, d_lr=4e-4, beta2=0.99,
                    ema=0.998, ema_start=200, flip=0, sample_every=250, save_every=250, eval_every=250),
-    "cifar10": dict(model="biggan32", steps=100_000, batch=64, d_steps=4, g_lr=2e-4, ema_start=1000),
+    "cifar10": dict(data="data/cifar10", held_out="data/cifar10-test", model="biggan32", steps=100_000, batch=64, d_steps=4, g_lr=2e-4, ema_start=1000),
     "imagenet64": dict(model="biggan64"),
     "imagenet128": dict(),
     "imagenet256": dict(model="biggan256"),
@@ -121,7 +128,7 @@ PRESETS = {  # what differs from the defaults above
 }
 
 # These may differ when a run is continued: they change where and how long, not what is computed.
-FREE_TO_CHANGE = {"data", "out", "held_out", "steps", "workers", "log_every", "sample_every", "save_every", "eval_every", "keep", "compile"}
+FREE_TO_CHANGE = {"data", "pack", "out", "held_out", "steps", "workers", "log_every", "sample_every", "save_every", "eval_every", "keep", "compile"}
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}              # what autocast computes convolutions and products in
 
@@ -241,6 +248,7 @@ class Shapes:
 
     def __init__(self, resolution, held_out=False):
         self.resolution, self.classes, self.first = resolution, list(SHAPES), self.length if held_out else 0
+        self.labels = np.arange(self.length) % len(SHAPES)
 
     def __len__(self):
         return self.length
@@ -285,7 +293,7 @@ class ImageFolder:
                 raise UserError(f"the class folder {d} holds no images; fill it or remove it")
         self.classes = [d.name for d in folders]
         self.paths = [path for d in folders for path in files[d]]
-        self.labels = [label for label, d in enumerate(folders) for _ in files[d]]
+        self.labels = np.repeat(np.arange(len(folders)), [len(files[d]) for d in folders])
         self.first_of = np.searchsorted(self.labels, np.arange(len(folders) + 1))   # class k's images: first_of[k] to first_of[k+1]
         for label in range(len(folders)):
             self[int(self.first_of[label])]                         # raises now, not in an hour, if a class has no readable image
@@ -295,7 +303,7 @@ class ImageFolder:
 
     def __getitem__(self, i):
         """-> (R, R, 3) uint8, label."""
-        label = self.labels[i]
+        label = int(self.labels[i])
         first, end = int(self.first_of[label]), int(self.first_of[label + 1])
         for j in [*range(i, end), *range(first, i)]:
             if j not in self.broken:
@@ -330,6 +338,9 @@ def why_no_classes(root, folders, option):
 def load_image(path, resolution):
     """Any image file -> (R, R, 3) uint8: the centre square along the long edge, area-averaged down to R (appendix C)."""
     with Image.open(path) as image:
+        # A large JPEG can be decoded at a half, a quarter or an eighth of its size, several times faster. Two pixels per wanted one are
+        # left for the averaging below. Only JPEGs have a draft.
+        image.draft(None, (2 * resolution, 2 * resolution))
         if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers, of which nobody knows what is white")
         image = ImageOps.exif_transpose(image)
@@ -344,8 +355,147 @@ def load_image(path, resolution):
     return np.asarray(image.resize((resolution, resolution), how, (left, top, left + side, top + side)))
 
 
+class Arrays:
+    """Images (N, R, R, 3) uint8, labels (N,) and the class names as a data set."""
+
+    def __init__(self, images, labels, classes):
+        self.images, self.labels, self.classes = images, labels, classes
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.images[i], int(self.labels[i])
+
+
+# Decoding a JPEG takes a core about a millisecond, which keeps many cores busy beside fast GPUs. `--pack` does it once for all. A packed
+# folder: images.npy (N, R, R, 3) uint8 and labels.npy (N,), which numpy reads, packed.json (resolution, class names) and
+# checksums.npy, one CRC-32 per 256 images, -1 where they are still missing.
+
+PACK_BLOCK = 256
+
+
+def share_missing(folder):
+    """Of a packed folder, the share that is not packed yet."""
+    return (np.load(folder / "checksums.npy") < 0).mean() if (folder / "packed.json").exists() else 1.0
+
+
+def open_packed(folder, resolution):
+    """A packed folder as a data set; its images stay on the disk until they are wanted."""
+    folder = Path(folder)
+    try:
+        described = json.loads((folder / "packed.json").read_text())
+        if described["resolution"] != resolution:
+            raise UserError(f"{folder} holds images of {described['resolution']} pixels and the model draws {resolution}; "
+                            "pack the folder that it was made of again, for this model")
+        if missing := share_missing(folder):
+            raise UserError(f"the packed folder {folder} lacks {missing:.0%} of its images; repeat the command with --pack that wrote it")
+        labels = np.load(folder / "labels.npy")
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        if (images.shape != (len(labels), resolution, resolution, 3) or images.dtype != np.uint8
+                or zlib.crc32(labels.tobytes()) != described["labels"] or labels.max() >= len(described["classes"])):
+            raise ValueError("its files do not fit each other")
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise UserError(f"the packed folder {folder} is damaged ({error}); delete it and pack again") from None
+    return Arrays(images, labels, described["classes"])
+
+
+class Blocks:
+    """Number b -> the checksum of block b, after reading it back if it is there, or else after decoding and writing its images."""
+
+    def __init__(self, data, folder, resolution, checksums):
+        self.data, self.file, self.resolution, self.checksums = data, folder / "images.npy", resolution, checksums
+        self.header = self.file.stat().st_size - len(data) * resolution**2 * 3
+
+    def __getitem__(self, b):
+        block = range(b * PACK_BLOCK, min((b + 1) * PACK_BLOCK, len(self.data)))
+        with open(self.file, "r+b") as f:
+            f.seek(self.header + block.start * self.resolution**2 * 3)
+            if self.checksums[b] >= 0:
+                if zlib.crc32(f.read(len(block) * self.resolution**2 * 3)) == self.checksums[b]:
+                    return b, self.checksums[b]
+                warn(f"images {block.start} to {block.stop - 1} in {self.file} have changed since; they are packed again")
+                f.seek(self.header + block.start * self.resolution**2 * 3)
+            pixels = np.stack([self.data[i][0] for i in block]).tobytes()
+            f.write(pixels)
+            f.flush()
+            os.fsync(f.fileno())                                    # on the disk before its checksum is
+        return b, zlib.crc32(pixels)
+
+
+def pack(data, folder, resolution, workers):
+    """Write a data set into a packed folder, with so many processes. Repeated, it checks what is there and writes what is missing."""
+    folder, size = Path(folder), len(data) * resolution**2 * 3
+    described = {"resolution": resolution, "images": len(data), "classes": data.classes,
+                 "labels": zlib.crc32(np.asarray(data.labels, np.int64).tobytes()),
+                 "files": zlib.crc32("\n".join(f"{p.parent.name}/{p.name}" for p in getattr(data, "paths", [])).encode())}
+    say(f"{len(data):,} images at {resolution}x{resolution}: {size / 1e9:,.2f} GB in {folder}", flush=True)
+    checksums = np.full(-(-len(data) // PACK_BLOCK), -1, np.int64)
+    if (folder / "packed.json").exists():
+        if json.loads((folder / "packed.json").read_text()) != described:
+            raise UserError(f"{folder} was packed from other images or at another size; delete it or choose another --pack")
+        checksums = np.load(folder / "checksums.npy")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is in use for something else; choose another --pack")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < size:
+            raise UserError(f"{folder} has room for {shutil.disk_usage(folder).free / 1e9:,.2f} GB only; make room or choose another --pack")
+        np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (len(data), resolution, resolution, 3))
+        for name, array in ("labels", np.asarray(data.labels, np.int64)), ("checksums", checksums):
+            save_atomically(folder / f"{name}.npy", lambda f: np.save(f, array))
+        save_atomically(folder / "packed.json", lambda f: f.write(json.dumps(described, indent=1).encode()))
+    blocks = torch.utils.data.DataLoader(Blocks(data, folder, resolution, checksums.copy()), batch_size=None,
+                                         sampler=range(len(checksums)), num_workers=workers)
+    started = said = time.perf_counter()
+    for done, (b, checksum) in enumerate(blocks, start=1):
+        if checksums[b] != checksum:
+            checksums[b] = checksum
+            save_atomically(folder / "checksums.npy", lambda f: np.save(f, checksums))
+        if time.perf_counter() - said > 10:
+            said = time.perf_counter()
+            say(f"{done / len(checksums):.0%}, {(said - started) * (len(checksums) / done - 1) / 60:.0f} minutes left", flush=True)
+    say(f"packed, each block checked: --data {folder}")
+
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+
+
+def fetch_cifar10(folder=Path("data"), url=CIFAR10_URL, md5=CIFAR10_MD5):
+    """The official archive of CIFAR-10, fetched once, checked, and packed into data/cifar10 and data/cifar10-test."""
+    if not share_missing(folder / "cifar10") and not share_missing(folder / "cifar10-test"):
+        return
+    archive = folder / url.rpartition("/")[2]
+    folder.mkdir(exist_ok=True)
+    if not archive.exists():
+        say(f"fetching {url}, 170 MB", flush=True)
+        try:
+            with urllib.request.urlopen(url, timeout=60) as source:
+                save_atomically(archive, lambda f: shutil.copyfileobj(source, f))
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"{url} could not be fetched ({getattr(error, 'reason', error)}); "
+                            f"fetch it on another machine, put it at {archive}, and repeat the command") from None
+    with open(archive, "rb") as f:
+        if (found := hashlib.file_digest(f, "md5").hexdigest()) != md5:
+            raise UserError(f"{archive} is not the official archive or not all of it: its md5 is {found}, not {md5}; "
+                            "delete it and repeat the command")
+    with tarfile.open(archive) as tar:
+        read = lambda name: tar.extractfile(f"cifar-10-batches-bin/{name}").read()
+        classes = read("batches.meta.txt").decode().split()
+        for name, files in ("cifar10", [f"data_batch_{k}.bin" for k in range(1, 6)]), ("cifar10-test", ["test_batch.bin"]):
+            records = np.frombuffer(b"".join(map(read, files)), np.uint8).reshape(-1, 1 + 3 * 32 * 32)    # label, red, green, blue
+            images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            pack(Arrays(images, records[:, 0], classes), folder / name, 32, workers=0)
+
+
 def open_data(source, resolution, held_out=False):
-    return Shapes(resolution, held_out) if source == "shapes" else ImageFolder(source, resolution, "--held-out" if held_out else "--data")
+    """'shapes', a packed folder, a folder of images, or data/cifar10, which is made if it is not there yet."""
+    if source == "shapes":
+        return Shapes(resolution, held_out)
+    if Path(source, "packed.json").exists():
+        return open_packed(source, resolution)
+    return ImageFolder(source, resolution, "--held-out" if held_out else "--data")
 
 
 def some_images(data, n, seed):
@@ -826,9 +976,17 @@ def main(arguments):
     if s.precision == "auto":
         s.precision = "bf16" if has_bf16(device) else "fp32"
     resolution = MODELS[s.model].resolution
+    if s.data == PRESETS["cifar10"]["data"]:
+        together(fetch_cifar10, first_only=True)
     data = together(open_data, s.data, resolution)
+    if s.pack:
+        if processes() > 1:
+            raise UserError("--pack starts as many processes as there are cores by itself; run it without torchrun")
+        return pack(data, s.pack, resolution, s.workers or len(os.sched_getaffinity(0)))
     names = ", ".join(data.classes[:5]) + (", ..." if len(data.classes) > 5 else "")
-    say(f"{s.data}: {len(data):,} images in {len(data.classes)} classes: {names}")
+    counts = np.bincount(data.labels, minlength=len(data.classes))
+    say(f"{s.data}: {len(data):,} images in {len(data.classes)} classes: {names}\n{counts.min():,} to {counts.max():,} images per class; "
+        "each is seen once per epoch, so classes come as often as they have images, and generated ones equally often")
     held_out = together(open_data, s.held_out, resolution, True) if s.held_out else None
     if held_out and held_out.classes != data.classes:
         odd = sorted(set(held_out.classes) ^ set(data.classes))[0]
