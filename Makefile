@@ -1,6 +1,7 @@
 # make demo    train on drawn shapes and show what the generator draws (14 minutes on two CPU cores)
 # make test    the tests (4 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (2 minutes)
+# make trial   thirty kills, a collapse and a full disk (10 minutes, as root)
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 
 PYTHON ?= python3
@@ -16,9 +17,12 @@ test: .venv/ready
 check: .venv/ready
 	.venv/bin/python -m pytest -q -s -o python_functions='check_*' test_biggan.py
 
+trial: .venv/ready
+	.venv/bin/python -m pytest -q -s -o python_functions='trial_*' test_biggan.py
+
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a virtual environment; install one that can (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch .venv/ready
 
-.PHONY: demo test check
+.PHONY: demo test check trial

@@ -8,12 +8,13 @@ The score is the sliced Wasserstein distance between small patches at every leve
 no network. Lower is better; two sets of real images show how low it can be. It sees texture, edges and colour, not objects.
 Also printed: the mean colour of an image and how much it varies from image to image, which shows a generator fading to grey.
 
-Reading order: distances between distributions, the Laplacian pyramid, the command.
+Reading order: distances between distributions, the Laplacian pyramid, signs of collapse (which train.py watches), the command.
 """
 
 import json
 import math
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,6 @@ from PIL import Image
 from biggan import standing_statistics
 from sample import (STANDING_BATCHES, Parser, UserError, at_least_one, check_output, draw, positive, read_generator, run,
                     save_atomically, seed_number, warn)
-from train import Shapes, is_image, load_image, open_packed
 
 
 # ---------------------------------------------------------------- distances between distributions
@@ -113,7 +113,7 @@ def patches(x, per_image=128, side=7, seed=0):
     return x[image, :, rows, columns].flatten(0, 1).flatten(1)
 
 
-def pyramid_distances(real, fake, smallest=16):
+def pyramid_distances(real, fake, smallest=16, per_image=128, projections=512):
     """Two sets of images (N, R, R, 3) uint8 -> {pixels per side: sliced Wasserstein distance of that level's patches}.
 
     Patches are scaled per colour channel to the mean and variance of the *real* ones. (Karras et al. scale each set by itself,
@@ -122,8 +122,8 @@ def pyramid_distances(real, fake, smallest=16):
     distances = {}
     for real_band, fake_band in zip(*pyramids):
         mean, std = real_band.mean((0, 2, 3), keepdim=True), real_band.std((0, 2, 3), keepdim=True).clamp(min=1e-8)
-        real_points, fake_points = (patches((band - mean) / std, seed=k) for k, band in enumerate((real_band, fake_band)))
-        distances[real_band.shape[-1]] = sliced_wasserstein(real_points, fake_points)
+        real_points, fake_points = (patches((band - mean) / std, per_image, seed=k) for k, band in enumerate((real_band, fake_band)))
+        distances[real_band.shape[-1]] = sliced_wasserstein(real_points, fake_points, projections)
     return distances
 
 
@@ -133,10 +133,80 @@ def mean_colours(images):
     return colours.mean(0), colours.std(0)
 
 
+# ---------------------------------------------------------------- signs of collapse
+# Sooner or later a GAN collapses: within some hundred steps its images become few, or poor, and they stay so (section 4). What to do is to
+# stop and use the weights from before. `Monitor` reads every line of a run's log and says when.
+
+def spread_within(images, labels):
+    """How much images of one class differ: the standard deviation of their 8x8 averages, over images of a class. Images (N, 3, R, R).
+
+    Averaged down, since a G that has collapsed may still put different noise on always the same picture."""
+    small = F.adaptive_avg_pool2d(images.float(), 8)
+    return torch.stack([small[labels == y].var(0).mean() for y in labels.unique()]).mean().sqrt().item()
+
+
+@dataclass
+class Monitor:
+    """Judges a run by its log. The numbers are margins around what healthy runs did (README, "Watching a run")."""
+
+    lines = 3               # the means of so many lines are judged
+    few = 0.5               # diversity: images of a class differ less than this share of what they did at best, or of what real ones do
+    won = 0.02              # D's loss below this share of what guessing costs: D is never wrong, G learns nothing
+    blind = 0.003           # D's verdicts on real and generated images closer than this in every line: D sees nothing, G learns nothing
+    steps, growth = 300, 2  # a sigma_0 of G's first layers has grown by this factor within so many steps
+    worse, looks = 2, 2     # score above this many times the best one, at so many looks in succession
+    max_rollbacks = 3
+
+    diversity: float = 0.0                                          # the highest so far; these four are saved in checkpoints
+    score: float = math.inf                                         # the best so far ...
+    best: int = 0                                                   # ... and its step
+    rollbacks: int = 0
+
+    def __post_init__(self):
+        self.log = []                                               # the newest lines
+
+    def state_dict(self):
+        return asdict(self)
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+    def judge(self, entry):
+        """A line of the log -> (the reason why this is a collapse, or None; whether this is the best score so far)."""
+        self.log = [line for line in self.log if line["step"] < entry["step"]][-999:] + [entry]
+        newest, reason = self.log[-self.lines:], None
+        mean = lambda name: sum(line[name] for line in newest) / len(newest)
+        self.diversity = max(self.diversity, min(mean("diversity"), 1.0))
+        if len(newest) == self.lines:
+            if mean("diversity") < self.few * self.diversity:
+                reason = (f"images of one class have become alike: they differ {mean('diversity'):.2f} times as much as real ones, "
+                          f"and did {self.diversity:.2f} times")
+            if entry["D_guessing"] is not None and mean("D_loss") < self.won * entry["D_guessing"]:
+                reason = f"D is never wrong any more: its loss is {mean('D_loss'):.3f}, where guessing would cost {entry['D_guessing']:.3f}"
+            if all(abs(line["D_real"] - line["D_fake"]) < self.blind for line in newest):
+                reason = f"D no longer tells real from generated images: its mean verdicts are {mean('D_real'):.3f} and {mean('D_fake'):.3f}"
+        for layer, sigma in entry["sigma_0"].items():
+            before = min(line["sigma_0"][layer] for line in self.log if line["step"] >= entry["step"] - self.steps)
+            if sigma > self.growth * before:
+                reason = f"the largest singular value of {layer} explodes: from {before:.3g} to {sigma:.3g} within {self.steps} steps"
+        scores = [line["score"] for line in self.log if "score" in line][-self.looks:]
+        if len(scores) == self.looks and min(scores) > self.worse * self.score:
+            reason = f"the score is {scores[-1]:.1f}, at step {self.best} it was {self.score:.1f}"
+        if reason:
+            self.log = []                                           # it takes new lines to say so again
+            return reason, False
+        best = entry.get("score", math.inf) < self.score
+        if best:
+            self.score, self.best = entry["score"], entry["step"]
+        return None, best
+
+
 # ---------------------------------------------------------------- the command
+# What reads images comes from train.py, which has already imported this file: hence the imports inside the functions.
 
 def find_images(source):
     """All image files in a folder and the folders below it, in sorted order."""
+    from train import is_image
     if not Path(source).is_dir():
         raise UserError(f"the image folder {source} does not exist or is a file")
     paths = sorted(Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names if is_image(name))
@@ -149,6 +219,7 @@ def load_images(source, resolution, n, seed):
     """n images of a folder, packed or not, or freshly drawn shapes that training never sees: (n, R, R, 3) uint8.
 
     Unreadable files are named."""
+    from train import Shapes, load_image, open_packed
     if source == "shapes":
         shapes = Shapes(resolution)
         return np.stack([shapes[Shapes.length + seed * n + i][0] for i in range(n)])

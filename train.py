@@ -47,6 +47,7 @@ from torch.distributed.rendezvous import rendezvous
 from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, clamp_sigma, gradient_penalty, matrix_layers,
                     orthogonal_regularisation, processes, r1_penalty, rank, sigma_pull, singular_values, standing_statistics,
                     truncated_normal)
+from metrics import Monitor, pyramid_distances, spread_within
 from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw, image_grid, newest_checkpoint, pick_device,
                     read_checkpoint, run, save_atomically, warn)
 
@@ -96,7 +97,9 @@ class Settings:
     eval_every: int = option(1000, "steps between looks at every layer's first three singular values and, with --held-out, at D's memory")
     sample_every: int = option(1000, "steps between sample grids")
     save_every: int = option(1000, "steps between checkpoints")
-    keep: int = option(3, "how many of the newest checkpoints to keep")
+    keep: int = option(3, "how many of the newest checkpoints to keep, besides the one with the best score")
+    keep_every: int = option(25_000, "also keep those of every so many steps")
+    on_collapse: str = option("stop", "stop, rollback (to the best checkpoint, with half the learning rates, 3 times), or warn and go on")
 
 
 PRESETS = {  # what differs from the defaults above
@@ -128,7 +131,8 @@ PRESETS = {  # what differs from the defaults above
 }
 
 # These may differ when a run is continued: they change where and how long, not what is computed.
-FREE_TO_CHANGE = {"data", "pack", "out", "held_out", "steps", "workers", "log_every", "sample_every", "save_every", "eval_every", "keep", "compile"}
+FREE_TO_CHANGE = {"data", "pack", "out", "held_out", "steps", "workers", "log_every", "sample_every", "save_every", "eval_every", "keep",
+                  "keep_every", "on_collapse", "compile"}
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}              # what autocast computes convolutions and products in
 
@@ -140,7 +144,8 @@ def parse_settings(arguments):
     parser.epilog = "presets, as the options they stand for:\n" + "\n".join(f"  {name:<18}{spell(p)}" for name, p in PRESETS.items())
     for f in dataclasses.fields(Settings):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default is not None else "")
-        choices = {"preset": list(PRESETS), "model": list(MODELS), "loss": list(LOSSES), "precision": ["auto", *HALF, "fp32", "fp64"]}
+        choices = {"preset": list(PRESETS), "model": list(MODELS), "loss": list(LOSSES), "precision": ["auto", *HALF, "fp32", "fp64"],
+                   "on_collapse": ["stop", "rollback", "warn"]}
         flag = "--" + f.name.replace("_", "-")
         if f.type is bool:
             parser.add_argument(flag, action="store_true", default=None, help=f.metadata["help"])
@@ -150,10 +155,13 @@ def parse_settings(arguments):
     typed = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     preset = typed.get("preset", Settings.preset)
     s = Settings(**{**PRESETS[preset], **typed})
+    if "data" in typed:
+        s.held_out = typed.get("held_out")                          # the preset's belongs to its own data
     for name in "ch", "shared_dim":
         if getattr(s, name) is None:
             setattr(s, name, getattr(MODELS[s.model], name))
-    for name in ("ch", "steps", "batch", "micro_batch", "d_steps", "log_every", "sample_every", "save_every", "eval_every", "keep"):
+    for name in ("ch", "steps", "batch", "micro_batch", "d_steps", "log_every", "sample_every", "save_every", "eval_every", "keep",
+                 "keep_every"):
         if getattr(s, name) is not None and getattr(s, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
     if s.sigma_fixed is not None and not 0 < s.sigma_fixed < float("inf"):
@@ -647,7 +655,7 @@ class Trainer:
         self.opt_D = torch.optim.Adam(self.D.parameters(), s.d_lr, (s.beta1, s.beta2), fused=True)
         self.ema = EMA(self.G, s.ema, s.ema_start)
         self.loss_d, self.loss_g, self.border = LOSSES[s.loss]
-        self.step = 0
+        self.step, self.monitor = 0, Monitor()
         self.rows, self.micro = own_rows(s), (s.micro_batch or s.batch) // processes()
         self.half = HALF.get(s.precision)
         # What autocast leaves in float32 may round to TF32 where the rest is coarser anyway; under fp32, float32 means float32.
@@ -667,8 +675,9 @@ class Trainer:
             f"G {sum(p.numel() for p in self.G.parameters()):,} and D {sum(p.numel() for p in self.D.parameters()):,} parameters")
 
     def noise(self, part):
-        """z, y and mix (for `gradient_penalty`) of this process's rows, in micro-batches. Decided by the seed, the step and its part."""
-        generator = generator_for(self.s.seed, self.step, part)
+        """z, y and mix (for `gradient_penalty`) of this process's rows, in micro-batches. Decided by the seed, the step and its part,
+        and, since the same would lead to the same, by how often the run has been rolled back."""
+        generator = generator_for(self.s.seed, self.step, part, self.monitor.rollbacks)
         z = truncated_normal((self.s.batch, self.config.z_dim), generator=generator)
         y = torch.randint(self.config.n_classes, (self.s.batch,), generator=generator)
         mix = torch.rand(self.s.batch, generator=generator)
@@ -801,6 +810,23 @@ class Trainer:
                 for network in ("G", "D") for name, layer in matrix_layers(getattr(self, network)).items()}
 
     @torch.no_grad()
+    def signs(self, real, labels):
+        """For `Monitor`: how much G's images of one class differ, relative to real ones (N, R, R, 3) uint8, sigma_0 of G's first layers,
+        and D's loss if it said of all images that they might be either."""
+        z = truncated_normal((len(labels), self.config.z_dim), generator=generator_for(self.s.seed)).to(self.device, self.dtype)
+        self.G.eval()
+        with self.autocast(self.half):
+            fake = torch.cat([self.G(z, y) for z, y in zip(z.split(16), labels.to(self.device).split(16))])
+        self.G.train()
+        # Classes of which there is one image only say nothing: then all images count as one class.
+        classes = labels if labels.bincount().max() > 1 else torch.zeros_like(labels)
+        border = None if self.border is None else torch.full((1,), self.border)
+        return {"diversity": spread_within(fake.cpu(), classes) / max(1e-6, spread_within(to_network(real, "cpu"), classes)),
+                "sigma_0": {name: singular_values(layer.weight, 1).item() for name, layer in list(matrix_layers(self.G).items())
+                            if name in ("linear", "blocks.0.conv1")},
+                "D_guessing": None if border is None else self.loss_d(border, border).item()}
+
+    @torch.no_grad()
     def share_called_real(self, images, labels):
         """Of real images (N, R, R, 3) uint8, the share that D takes for real."""
         self.D.eval()
@@ -812,7 +838,7 @@ class Trainer:
 
     def parts(self):
         return {"G": self.G, "D": self.D, "G_ema": self.ema.model, "opt_G": self.opt_G, "opt_D": self.opt_D,
-                "scaler_G": self.scaler_G, "scaler_D": self.scaler_D}
+                "scaler_G": self.scaler_G, "scaler_D": self.scaler_D, "monitor": self.monitor}
 
     def state(self):
         return {"step": self.step, **{name: part.state_dict() for name, part in self.parts().items()}}
@@ -907,7 +933,9 @@ class Log:
     def __init__(self, path, step):
         self.path = path
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        save_atomically(path, lambda f: f.writelines(line for line in lines if line.endswith(b"\n") and self.step_of(line) <= step))
+        lines = [line for line in lines if line.endswith(b"\n") and self.step_of(line) <= step]
+        save_atomically(path, lambda f: f.writelines(lines))
+        self.newest = [entry for entry in map(json.loads, lines[-1000:]) if "sigma_0" in entry]
 
     @staticmethod
     def step_of(line):
@@ -922,30 +950,70 @@ class Log:
 
 
 def save_checkpoint(trainer, classes, s):
-    """Write the state and, once that has succeeded, delete all but the newest few. Returns whether it has. The first process does it."""
+    """Write the state and, once that has succeeded, delete what --keep and --keep-every do not keep. Returns whether it has succeeded.
+
+    The first process does it."""
     stop_if_not_finite(trainer, {}, s)
     if rank() > 0:
         return True
-    path = Path(s.out, "checkpoints", f"step-{trainer.step:08d}.pt")
+    path = checkpoint_path(s, trainer.step)
     content = {"model": plain(trainer.config), "classes": classes, **trainer.state()}
     with surviving(path):
         save_atomically(path, lambda f: torch.save(content, f))
         for old in checkpoints_of(s.out)[:-s.keep]:
-            old.unlink()
+            if old != checkpoint_path(s, trainer.monitor.best) and int(old.stem[5:]) % s.keep_every:
+                old.unlink()
         return True
     return False
 
 
-def save_samples(trainer, s, rows=16, columns=10):
-    """A grid of fixed noise, one row per class, drawn by the averaged G with batch norm statistics of its own."""
-    G = standing_statistics(copy.deepcopy(trainer.ema.model).float(), STANDING_BATCHES)     # by all processes
-    if rank() > 0:
-        return
+def checkpoint_path(s, step):
+    return Path(s.out, "checkpoints", f"step-{step:08d}.pt")
+
+
+def roll_back(trainer, classes, s):
+    """After a collapse: the weights with the best score, half the learning rates, other noise. Later checkpoints are put aside."""
+    collapsed, rollbacks = trainer.step, trainer.monitor.rollbacks + 1
+    trainer.load_state(together(read_checkpoint, checkpoint_path(s, trainer.monitor.best)))
+    trainer.monitor.rollbacks = rollbacks
+    for optimiser, lr in (trainer.opt_G, s.g_lr), (trainer.opt_D, s.d_lr):
+        for group in optimiser.param_groups:
+            group["lr"] = lr / 2**rollbacks
+    save_checkpoint(trainer, classes, s)                            # before: else, killed now, the run would continue from the collapse
+    if rank() == 0:
+        for path in checkpoints_of(s.out):
+            if path > checkpoint_path(s, trainer.step):
+                path.rename(path.with_suffix(".collapsed"))
+    say(f"rolled back from step {collapsed} to {trainer.step}; learning rates {s.g_lr / 2**rollbacks:.3g} and {s.d_lr / 2**rollbacks:.3g}",
+        flush=True)
+
+
+def averaged_generator(trainer):
+    """The averaged G with batch norm statistics of its own, which all processes gather together."""
+    return standing_statistics(copy.deepcopy(trainer.ema.model).float(), STANDING_BATCHES)
+
+
+def draw_together(G, labels, seeds):
+    """`draw`, every process its share. Returns all images in every process."""
+    share = slice(rank(), None, processes())
+    images = draw(G, labels[share], seeds[share])
+    if processes() > 1:
+        shares = [None] * processes()
+        dist.all_gather_object(shares, images)
+        images = np.empty((len(labels), *images.shape[1:]), np.uint8)
+        for k, part in enumerate(shares):
+            images[k::processes()] = part
+    return images
+
+
+def save_samples(trainer, G, s, rows=16, columns=10):
+    """A grid of fixed noise, one row per class. Returns its path."""
     rows = min(rows, trainer.config.n_classes)
-    images = draw(G, [label for label in range(rows) for _ in range(columns)], list(range(columns)) * rows)
+    images = draw_together(G, [label for label in range(rows) for _ in range(columns)], list(range(columns)) * rows)
     path = Path(s.out, "samples", f"step-{trainer.step:08d}.png")
-    with surviving(path):
-        save_atomically(path, lambda f: image_grid(images, columns).save(f, "PNG"))
+    if rank() == 0:
+        with surviving(path):
+            save_atomically(path, lambda f: image_grid(images, columns).save(f, "PNG"))
     return path
 
 
@@ -953,7 +1021,8 @@ def progress(entry, s):
     left = int((s.steps - entry["step"]) * entry["seconds_per_step"])
     return (f"step {entry['step']}/{s.steps}  {entry['images_per_second']:.0f} img/s  "
             f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  "
-            f"D real {entry['D_real']:+.2f}  D fake {entry['D_fake']:+.2f}  G {entry['G_loss']:+.2f}")
+            f"D real {entry['D_real']:+.2f}  D fake {entry['D_fake']:+.2f}  G {entry['G_loss']:+.2f}  "
+            f"diversity {entry['diversity']:.2f}")
 
 
 def keep_freed_memory():
@@ -1033,11 +1102,26 @@ def main(arguments):
         dist.destroy_process_group()
 
 
-def look_closer(trainer, data, held_out, s):
-    """What warns of collapse, measured now and then: the layers' singular values, and whether D knows its training images by heart."""
-    entry = {"sigma": trainer.spectra()}
+SCORED = 256                                                        # images: a score in a second
+
+
+def references(data, seed):
+    """Real images to compare the spread of G's with: of up to 8 classes 8 images each, or one each of 64, and their labels."""
+    rng = np.random.default_rng(seed)
+    counts = np.bincount(data.labels)
+    classes = np.flatnonzero(counts > 1) if counts.max() > 1 else np.flatnonzero(counts)
+    chosen = [i for y in rng.permutation(classes)[:8 if counts.max() > 1 else 64] for i in rng.permutation(np.flatnonzero(data.labels == y))[:8]]
+    images, labels = zip(*[data[int(i)] for i in chosen])
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+
+
+def look_closer(trainer, data, held_out, fake, s):
+    """What is measured now and then: the score, every layer's singular values, and whether D knows its training images by heart."""
+    real = some_images(data, SCORED, s.seed)[0].numpy()
+    entry = {"score": 1000 * float(np.mean(list(pyramid_distances(real, fake[:len(real)], per_image=32, projections=128).values()))),
+             "sigma": trainer.spectra()}
     highest = {network: max((sigmas[0], name) for name, sigmas in entry["sigma"].items() if name.startswith(network)) for network in "GD"}
-    text = "largest sigma_0: " + ", ".join(f"{sigma:.3g} in {name}" for sigma, name in highest.values())
+    text = f"score {entry['score']:.1f}; largest sigma_0: " + ", ".join(f"{sigma:.3g} in {name}" for sigma, name in highest.values())
     if held_out:
         for name, images in ("training", data), ("held_out", held_out):
             entry[f"D_calls_{name}_real"] = trainer.share_called_real(*some_images(images, 512, s.seed))
@@ -1047,7 +1131,7 @@ def look_closer(trainer, data, held_out, s):
 
 
 def train(trainer, data, held_out, s):
-    """The loop: steps, a line of progress, log, samples, checkpoints; until the steps are done or a signal asks to stop."""
+    """The loop: steps, a line of progress, log, samples, checkpoints; until the steps are done, a signal asks to stop, or G collapses."""
     stop = []
 
     def ask_to_stop(number, frame):
@@ -1059,33 +1143,49 @@ def train(trainer, data, held_out, s):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:      # nohup means: go on
             signal.signal(number, ask_to_stop)
     log = Log(Path(s.out, "log.jsonl"), trainer.step) if rank() == 0 else None
+    if log:
+        trainer.monitor.log = log.newest
+        real, labels = references(data, s.seed)
     real_batches = batches(data, s, trainer.step, trainer.device)
     sums, since, started = 0, trainer.step, time.perf_counter()
     saved = trainer.step                                            # the newest step that is on the disk
+    end_of_line = "\033[K\r" if sys.stdout.isatty() else "\n"
     while trainer.step < s.steps and not any_process(bool(stop)):
         logged = trainer.train_step(real_batches)
         sums = sums + torch.stack([torch.as_tensor(value, dtype=torch.float32, device=trainer.device) for value in logged.values()])
-        step, last = trainer.step, trainer.step == s.steps
-        looking = last or step % s.eval_every == 0
-        if looking or step % s.log_every == 0:
+        step = trainer.step
+        due = lambda every: step % every == 0 or step == s.steps
+        best = reason = None
+        if due(s.eval_every) or due(s.sample_every):
+            stop_if_not_finite(trainer, {}, s)
+            G = averaged_generator(trainer)
+        if due(s.log_every) or due(s.eval_every):
             if processes() > 1:
                 dist.all_reduce(sums)
             means = dict(zip(logged, (sums / processes() / (step - since)).tolist()))
             stop_if_not_finite(trainer, means, s)
             seconds = (time.perf_counter() - started) / (step - since)
             entry = {"step": step, **means, "seconds_per_step": seconds, "images_per_second": s.batch / seconds}
-            say(progress(entry, s), end="\033[K\r" if sys.stdout.isatty() else "\n", flush=True)
-            if looking and rank() == 0:
-                measured, text = look_closer(trainer, data, held_out, s)
-                entry.update(measured)
-                say(f"step {step}: {text}\033[K" if sys.stdout.isatty() else text, flush=True)
+            fake = draw_together(G, [k % trainer.config.n_classes for k in range(SCORED)], range(SCORED)) if due(s.eval_every) else None
             if log:
-                log.write(entry)
+                entry |= trainer.signs(real, labels)
+                say(progress(entry, s), end=end_of_line, flush=True)
+                if due(s.eval_every):
+                    measured, text = look_closer(trainer, data, held_out, fake, s)
+                    entry |= measured
+                    say(f"step {step}: {text}\033[K" if sys.stdout.isatty() else text, flush=True)
+            reason, best, state = together(lambda: (*trainer.monitor.judge(entry), trainer.monitor.state_dict()), first_only=True)
+            trainer.monitor.load_state_dict(state)                  # the first process's, in all of them
+            if log:
+                log.write({**entry, "collapse": reason} if reason else entry)
             sums, since, started = 0, step, time.perf_counter()
-        if (last or step % s.save_every == 0) and save_checkpoint(trainer, data.classes, s):
+        if (best or due(s.save_every)) and not reason and save_checkpoint(trainer, data.classes, s):
             saved = step
-        if last or step % s.sample_every == 0:
-            grid = save_samples(trainer, s)
+        if due(s.sample_every):
+            grid = save_samples(trainer, G, s)
+        if reason and collapsed(trainer, reason, s):
+            roll_back(trainer, data.classes, s)
+            real_batches, since, saved = batches(data, s, trainer.step, trainer.device), trainer.step, trainer.step
     say()
     if trainer.step > saved and not save_checkpoint(trainer, data.classes, s):
         raise SystemExit(f"error: step {trainer.step} is not saved, see above; make room, then the same command continues")
@@ -1093,6 +1193,29 @@ def train(trainer, data, held_out, s):
         say(f"stopped at step {trainer.step}; the same command continues")
     else:
         say(f"done: {trainer.step} steps\nsamples: {grid}\nmore:    python sample.py --weights {shlex.quote(s.out)}")
+
+
+def collapsed(trainer, reason, s):
+    """Say that the run has collapsed, and why. Returns whether to roll back; or stops; or lets the run go on, as --on-collapse wants."""
+    monitor = trainer.monitor
+    sentence = f"collapse at step {trainer.step}: {reason}"
+    best = together(lambda: monitor.best if checkpoint_path(s, monitor.best).exists() else 0, first_only=True)
+    if s.on_collapse == "rollback" and best and monitor.rollbacks < monitor.max_rollbacks:
+        if rank() == 0:
+            warn(sentence)
+        return True
+    if s.on_collapse == "warn":
+        if rank() == 0:
+            warn(f"{sentence}; --on-collapse warn says to go on")
+        return False
+    if monitor.rollbacks:
+        what_now = f"it has been rolled back {monitor.rollbacks} times already; start anew with smaller learning rates or --r1"
+    elif best:
+        what_now = (f"the best weights are those of step {best} (python sample.py --weights {shlex.quote(str(checkpoint_path(s, best)))}); "
+                    "to train on from there with half the learning rates, add --on-collapse rollback")
+    else:
+        what_now = "no checkpoint is better; start anew with smaller learning rates or --r1"
+    raise SystemExit(1 if rank() else f"error: {sentence}; {what_now}")
 
 
 def stop_if_not_finite(trainer, means, s):
