@@ -150,7 +150,7 @@ class Monitor:
     """Judges a run by its log. The numbers are margins around what healthy runs did (README, "Watching a run")."""
 
     lines = 3               # the means of so many lines are judged
-    few = 0.5               # diversity: images of a class differ less than this share of what they did at best, or of what real ones do
+    few = 0.5               # diversity: images of a class differ less than this share of what they did at best, or real ones do
     won = 0.02              # D's loss below this share of what guessing costs: D is never wrong, G learns nothing
     blind = 0.003           # D's verdicts on real and generated images closer than this in every line: D sees nothing, G learns nothing
     steps, growth = 300, 2  # a sigma_0 of G's first layers has grown by this factor within so many steps
@@ -178,13 +178,14 @@ class Monitor:
         mean = lambda name: sum(line[name] for line in newest) / len(newest)
         self.diversity = max(self.diversity, min(mean("diversity"), 1.0))
         if len(newest) == self.lines:
-            if mean("diversity") < self.few * self.diversity:
+            if self.diversity > 0.5 and mean("diversity") < self.few * self.diversity:      # what never was cannot be lost
                 reason = (f"images of one class have become alike: they differ {mean('diversity'):.2f} times as much as real ones, "
                           f"and did {self.diversity:.2f} times")
             if entry["D_guessing"] is not None and mean("D_loss") < self.won * entry["D_guessing"]:
                 reason = f"D is never wrong any more: its loss is {mean('D_loss'):.3f}, where guessing would cost {entry['D_guessing']:.3f}"
             if all(abs(line["D_real"] - line["D_fake"]) < self.blind for line in newest):
-                reason = f"D no longer tells real from generated images: its mean verdicts are {mean('D_real'):.3f} and {mean('D_fake'):.3f}"
+                reason = (f"D no longer tells real from generated images: its mean verdicts are {mean('D_real'):.3f} "
+                          f"and {mean('D_fake'):.3f}")
         for layer, sigma in entry["sigma_0"].items():
             before = min(line["sigma_0"][layer] for line in self.log if line["step"] >= entry["step"] - self.steps)
             if sigma > self.growth * before:

@@ -7,6 +7,7 @@ Order: the techniques as in biggan.py, then scores, data, runs, and what happens
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import http.server
 import io
@@ -1053,7 +1054,8 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(tmp_path, monkeypatc
     shape = np.kron(train.Shapes(64)[4][0], np.ones((32, 32, 1), np.uint8))           # 2048 pixels per side
     Image.fromarray(shape).save(tmp_path / "a.jpg", quality=95)
     decoded = []
-    monkeypatch.setattr(Image.Image, "convert", lambda image, *a, convert=Image.Image.convert: decoded.append(image.size) or convert(image, *a))
+    convert = Image.Image.convert
+    monkeypatch.setattr(Image.Image, "convert", lambda image, *mode: decoded.append(image.size) or convert(image, *mode))
     assert np.abs(train.load_image(tmp_path / "a.jpg", 64).astype(int) - train.Shapes(64)[4][0]).mean() < 2
     assert decoded == [(256, 256)]                                      # an eighth, the smallest a JPEG can do
     assert train.load_image(tmp_path / "a.jpg", 512).shape == (512, 512, 3) and decoded[1] == (1024, 1024)
@@ -1131,7 +1133,8 @@ def test_cifar_10_is_fetched_once_checked_and_packed(tmp_path, capsys):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     md5 = hashlib.md5((tmp_path / "www" / "c.tar.gz").read_bytes()).hexdigest()
-    server = http.server.ThreadingHTTPServer(("localhost", 0), lambda *a: http.server.SimpleHTTPRequestHandler(*a, directory=tmp_path / "www"))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")
+    server = http.server.ThreadingHTTPServer(("localhost", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://localhost:{server.server_address[1]}/c.tar.gz"
     with pytest.raises(sample.UserError, match="its md5 is .*, not 0; delete it and repeat"):
@@ -2092,7 +2095,8 @@ def trial_collapse_is_declared_and_health_is_not(tmp_path):
     assert well.communicate() and well.returncode == 0
     log = {name: [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("well", "sick")}
     lost = next(line["step"] for line in log["sick"] if line["diversity"] < 0.45)
-    print("\n" + error, f"diversity first below 0.45 at step {lost}; of the healthy run at least {min(x['diversity'] for x in log['well']):.2f}")
+    lowest = min(line["diversity"] for line in log["well"])
+    print("\n" + error, f"diversity first below 0.45 at step {lost}; of the healthy run at least {lowest:.2f}")
     assert log["sick"][-1]["step"] - lost <= 300 and log["well"][-1]["step"] == 600
 
 

@@ -105,7 +105,8 @@ class Settings:
 PRESETS = {  # what differs from the defaults above
     "shapes": dict(data="shapes", model="shapes32", steps=3000, batch=64, d_steps=1, g_lr=2e-4, d_lr=4e-4, beta2=0.99,
                    ema=0.998, ema_start=200, flip=0, sample_every=250, save_every=250, eval_every=250),
-    "cifar10": dict(data="data/cifar10", held_out="data/cifar10-test", model="biggan32", steps=100_000, batch=64, d_steps=4, g_lr=2e-4, ema_start=1000),
+    "cifar10": dict(data="data/cifar10", held_out="data/cifar10-test", model="biggan32", steps=100_000, batch=64, d_steps=4, g_lr=2e-4,
+                    ema_start=1000),
     "imagenet64": dict(model="biggan64"),
     "imagenet128": dict(),
     "imagenet256": dict(model="biggan256"),
@@ -447,8 +448,8 @@ def pack(data, folder, resolution, workers):
         raise UserError(f"{folder} is in use for something else; choose another --pack")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(folder).free < size:
-            raise UserError(f"{folder} has room for {shutil.disk_usage(folder).free / 1e9:,.2f} GB only; make room or choose another --pack")
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise UserError(f"there is room for {free / 1e9:,.2f} GB only in {folder}; make room or choose another --pack")
         np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (len(data), resolution, resolution, 3))
         for name, array in ("labels", np.asarray(data.labels, np.int64)), ("checksums", checksums):
             save_atomically(folder / f"{name}.npy", lambda f: np.save(f, array))
@@ -1107,10 +1108,10 @@ SCORED = 256                                                        # images: a 
 
 def references(data, seed):
     """Real images to compare the spread of G's with: of up to 8 classes 8 images each, or one each of 64, and their labels."""
-    rng = np.random.default_rng(seed)
-    counts = np.bincount(data.labels)
-    classes = np.flatnonzero(counts > 1) if counts.max() > 1 else np.flatnonzero(counts)
-    chosen = [i for y in rng.permutation(classes)[:8 if counts.max() > 1 else 64] for i in rng.permutation(np.flatnonzero(data.labels == y))[:8]]
+    rng, counts = np.random.default_rng(seed), np.bincount(data.labels)
+    enough = min(2, counts.max())                                   # one image of a class says nothing, unless there is no more of any
+    classes = rng.permutation(np.flatnonzero(counts >= enough))[:8 if enough == 2 else 64]
+    chosen = [i for y in classes for i in rng.permutation(np.flatnonzero(data.labels == y))[:8]]
     images, labels = zip(*[data[int(i)] for i in chosen])
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
