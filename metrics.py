@@ -134,8 +134,8 @@ def mean_colours(images):
 
 
 # ---------------------------------------------------------------- signs of collapse
-# Sooner or later a GAN collapses: within some hundred steps its images become few, or poor, and they stay so (section 4). What to do is to
-# stop and use the weights from before. `Monitor` reads every line of a run's log and says when.
+# Sooner or later a GAN collapses: within some hundred steps its images become few, or poor, and they stay so (section 4). What to do then
+# is to stop and use the weights from before. `Monitor` reads every line of a run's log and says when.
 
 def spread_within(images, labels):
     """How much images of one class differ: the standard deviation of their 8x8 averages, over images of a class. Images (N, 3, R, R).
@@ -149,7 +149,7 @@ def spread_within(images, labels):
 class Monitor:
     """Judges a run by its log. The numbers are margins around what healthy runs did (README, "Watching a run")."""
 
-    lines = 3               # the means of so many lines are judged
+    window, lines = 150, 3  # the means over so many steps are judged, but over no fewer lines than this
     few = 0.5               # diversity: images of a class differ less than this share of what they did at best, or real ones do
     won = 0.02              # D's loss below this share of what guessing costs: D is never wrong, G learns nothing
     blind = 0.003           # D's verdicts on real and generated images closer than this in every line: D sees nothing, G learns nothing
@@ -173,11 +173,12 @@ class Monitor:
 
     def judge(self, entry):
         """A line of the log -> (the reason why this is a collapse, or None; whether this is the best score so far)."""
-        self.log = [line for line in self.log if line["step"] < entry["step"]][-999:] + [entry]
-        newest, reason = self.log[-self.lines:], None
+        self.log = [line for line in self.log if line["step"] < entry["step"]][-2499:] + [entry]
+        reason, recent = None, [line for line in self.log if line["step"] > entry["step"] - self.window]
+        newest = recent if len(recent) > self.lines else self.log[-self.lines:]
         mean = lambda name: sum(line[name] for line in newest) / len(newest)
-        self.diversity = max(self.diversity, min(mean("diversity"), 1.0))
-        if len(newest) == self.lines:
+        if len(newest) >= self.lines and entry["step"] - newest[0]["step"] >= 2 / 3 * self.window:      # not before there are as many
+            self.diversity = max(self.diversity, min(mean("diversity"), 1.0))
             if self.diversity > 0.5 and mean("diversity") < self.few * self.diversity:      # what never was cannot be lost
                 reason = (f"images of one class have become alike: they differ {mean('diversity'):.2f} times as much as real ones, "
                           f"and did {self.diversity:.2f} times")

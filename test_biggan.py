@@ -1644,7 +1644,8 @@ def test_spread_is_the_deviation_within_classes_of_what_is_left_after_averaging(
 
 def test_a_collapsed_run_stops_or_goes_back_to_its_best_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics.Monitor, "few", 9.0)                    # every run has collapsed ...
-    monkeypatch.setattr(metrics.Monitor, "lines", 4)                    # ... after four lines
+    monkeypatch.setattr(metrics.Monitor, "lines", 4)                    # ... after four lines ...
+    monkeypatch.setattr(metrics.Monitor, "window", 9)                   # ... and six steps
     command = [*TINY, "--steps", 40, "--eval-every", 4, "--sample-every", 99, "--out"]
     with pytest.raises(SystemExit, match=r"collapse at step 8: images of one class .* the best weights are those of step 4 "):
         start(*command, tmp_path / "stop")

@@ -1,8 +1,10 @@
 """Train BigGAN on a folder of images, or on shapes that are drawn on the fly.
 
     python train.py --preset shapes                        ten drawn shapes, nothing to download, minutes on two CPU cores
-    python train.py --preset cifar10 --data cifar10/train  a folder with one sub-folder per class
+    python train.py --preset cifar10                       CIFAR-10, fetched and checked
+    python train.py --preset cifar10 --data my_images      a folder with one sub-folder of images per class
     torchrun --nproc_per_node=8 train.py --data imagenet/train      the paper's ImageNet run at 128x128, on eight GPUs
+    python train.py --data imagenet/train --pack imagenet128        decode all images once; then --data imagenet128
 
 Under torchrun the processes share each batch, and batch norm sees all of it: a run means the same on any number of them.
 The same command again continues where the run stopped, also after a kill. A run is a folder:
@@ -755,8 +757,7 @@ class Trainer:
         """One step of a network's optimiser, unless its gradient is not finite. Logs the gradient's length, as that of one vector."""
         optimiser, scaler = getattr(self, f"opt_{network}"), getattr(self, f"scaler_{network}")
         scaler.unscale_(optimiser)
-        gradients = {name: p.grad for name, p in getattr(self, network).named_parameters() if p.grad is not None}
-        lengths = torch.stack(torch._foreach_norm(list(gradients.values())))
+        lengths = torch.stack(torch._foreach_norm([p.grad for p in getattr(self, network).parameters() if p.grad is not None]))
         length = lengths.norm()
         # Counted where the numbers are: asking for them would make the CPU wait for the GPU at every update.
         counts = self.not_finite.setdefault(network, torch.zeros_like(lengths))
@@ -823,7 +824,7 @@ class Trainer:
         classes = labels if labels.bincount().max() > 1 else torch.zeros_like(labels)
         border = None if self.border is None else torch.full((1,), self.border)
         return {"diversity": spread_within(fake.cpu(), classes) / max(1e-6, spread_within(to_network(real, "cpu"), classes)),
-                "sigma_0": {name: singular_values(layer.weight, 1).item() for name, layer in list(matrix_layers(self.G).items())
+                "sigma_0": {name: singular_values(layer.weight, 1).item() for name, layer in matrix_layers(self.G).items()
                             if name in ("linear", "blocks.0.conv1")},
                 "D_guessing": None if border is None else self.loss_d(border, border).item()}
 
@@ -936,7 +937,7 @@ class Log:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         lines = [line for line in lines if line.endswith(b"\n") and self.step_of(line) <= step]
         save_atomically(path, lambda f: f.writelines(lines))
-        self.newest = [entry for entry in map(json.loads, lines[-1000:]) if "sigma_0" in entry]
+        self.newest = [entry for entry in map(json.loads, lines[-2500:]) if "sigma_0" in entry]
 
     @staticmethod
     def step_of(line):
@@ -1077,30 +1078,38 @@ def main(arguments):
             raise UserError(f"the newest checkpoint in {s.out} cannot be continued: it lacks {', '.join(sorted(missing))}; "
                             "choose another --out")
         trainer.load_state(checkpoint)
+        del checkpoint                                              # which would stay in memory for weeks
         say(f"continuing {s.out} from step {trainer.step}")
     if trainer.step >= s.steps:
         say(f"{s.out} has {trainer.step} steps already; a larger --steps trains on, another --out starts anew")
     else:
         if rank() == 0:
             save_atomically(Path(s.out, "config.json"), lambda f: f.write(json.dumps(described, indent=1).encode()))
+        failure = None
         try:
             train(trainer, data, held_out, s)
         except (MemoryError, RuntimeError) as error:
-            full, lost = out_of_memory(error), processes() > 1 and re.search("onnection|NCCL|[Tt]imed out", str(error))
-            if not (full or lost):
+            failure = ("memory" if out_of_memory(error) else "worker" if "DataLoader worker" in str(error) else
+                       "peer" if processes() > 1 and re.search("onnection|NCCL|[Tt]imed out", str(error)) else None)
+            if not failure:
                 raise
-        else:
-            full = lost = False
-        if full:                                                    # only here, where the exception no longer holds any tensor
-            fitting = trainer.micro_batch_that_fits()
-            fail(f"memory ran out in step {trainer.step + 1} with {trainer.micro * processes()} images at a time; " + (
-                 f"--micro-batch {fitting} fits; batch norm then sees {fitting} images" if fitting else
-                 "not even one image at a time fits; choose a smaller --ch or --model"), 2)
-        if lost:
-            fail("a process has lost another one, whose own message says why; the same command continues, "
-                 "and torchrun --max-restarts N repeats it by itself")
+        if failure:                                                 # said here, where the exception no longer holds any tensor
+            explain(failure, trainer)
     if processes() > 1:
         dist.destroy_process_group()
+
+
+def explain(failure, trainer):
+    """End this process with a sentence about what has happened and what to do."""
+    if failure == "memory":
+        fitting = trainer.micro_batch_that_fits()
+        fail(f"memory ran out in step {trainer.step + 1} with {trainer.micro * processes()} images at a time; " + (
+             f"--micro-batch {fitting} fits; batch norm then sees {fitting} images" if fitting else
+             "not even one image at a time fits; choose a smaller --ch or --model"), 2)
+    fail({"worker": "a process that decodes images has been killed, perhaps for want of memory; the same command continues, "
+                    "if need be with fewer --workers",
+          "peer": "a process has lost another one, whose own message says why; the same command continues, "
+                  "and torchrun --max-restarts N repeats it by itself"}[failure])
 
 
 SCORED = 256                                                        # images: a score in a second
