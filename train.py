@@ -770,9 +770,13 @@ class Trainer:
     def micro_batch_that_fits(self):
         """After memory ran out: the largest --micro-batch with which a step works, at most half, quarter, ... of the present one.
 
-        Tried out, which spoils the weights. In eval mode: batch norm would wait for other processes, which are no longer in step."""
-        self.G.train(processes() == 1)
-        self.parallel_G, self.parallel_D = self.G, self.D
+        Tried out, which spoils the weights. The other processes are no longer in step, so nothing here may wait for them: neither
+        batch norm, hence eval mode, nor the hooks that DDP has attached to the weights, hence copies of them."""
+        self.opt_G.zero_grad(), self.opt_D.zero_grad()
+        if processes() > 1:
+            self.G, self.D = copy.deepcopy(self.G).eval(), copy.deepcopy(self.D)
+            self.opt_G, self.opt_D = (torch.optim.Adam(network.parameters(), fused=True) for network in (self.G, self.D))
+        self.fast_G, self.fast_D = self.parallel_G, self.parallel_D = self.G, self.D
         share, limit = len(self.rows), self.micro
         while limit := max((n for n in range(1, limit // 2 + 1) if share % n == 0), default=0):
             self.opt_G.zero_grad(), self.opt_D.zero_grad()
@@ -1102,8 +1106,8 @@ def main(arguments):
 def explain(failure, trainer):
     """End this process with a sentence about what has happened and what to do."""
     if failure == "memory":
-        fitting = trainer.micro_batch_that_fits()
-        fail(f"memory ran out in step {trainer.step + 1} with {trainer.micro * processes()} images at a time; " + (
+        step, fitting = trainer.step + 1, trainer.micro_batch_that_fits()
+        fail(f"memory ran out in step {step} with {trainer.micro * processes()} images at a time; " + (
              f"--micro-batch {fitting} fits; batch norm then sees {fitting} images" if fitting else
              "not even one image at a time fits; choose a smaller --ch or --model"), 2)
     fail({"worker": "a process that decodes images has been killed, perhaps for want of memory; the same command continues, "
