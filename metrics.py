@@ -188,12 +188,17 @@ class Monitor:
                 reason = (f"D no longer tells real from generated images: its mean verdicts are {mean('D_real'):.3f} "
                           f"and {mean('D_fake'):.3f}")
         for layer, sigma in entry["sigma_0"].items():
-            before = min(line["sigma_0"][layer] for line in self.log if line["step"] >= entry["step"] - self.steps)
+            earlier = [line for line in self.log if line["step"] >= entry["step"] - self.steps] + self.log[-2:]
+            before, step = min((line["sigma_0"][layer], line["step"]) for line in earlier)
             if sigma > self.growth * before:
-                reason = f"the largest singular value of {layer} explodes: from {before:.3g} to {sigma:.3g} within {self.steps} steps"
+                reason = f"the largest singular value of {layer} explodes: {before:.3g} at step {step}, {sigma:.3g} now"
         scores = [line["score"] for line in self.log if "score" in line][-self.looks:]
         if len(scores) == self.looks and min(scores) > self.worse * self.score:
             reason = f"the score is {scores[-1]:.1f}, at step {self.best} it was {self.score:.1f}"
+        measured = {"diversity": entry["diversity"], "score": entry.get("score", 0.0), **entry["sigma_0"]}
+        for name, value in measured.items():
+            if not math.isfinite(value):
+                reason = f"{name} is no longer a finite number"
         if reason:
             self.log = []                                           # it takes new lines to say so again
             return reason, False

@@ -65,15 +65,27 @@ def run(main):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}; free or choose another", file=sys.stderr)
+        print(f"error: {file_trouble(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def file_trouble(error):
+    return f"{error.filename or 'a file'} cannot be used: {error.strerror or error}; free or choose another"
+
+
+def tell(*words, **options):
+    """print, but a full disk under the file that it goes to, or a closed terminal, ends nothing."""
+    try:
+        print(*words, **{"flush": True, **options})
+    except OSError:
+        pass
+
+
 def warn(sentence):
     # On a terminal the line of progress is still open.
-    print(("\n" if sys.stdout.isatty() else "") + f"warning: {sentence}", file=sys.stderr, flush=True)
+    tell(("\n" if sys.stdout.isatty() else "") + f"warning: {sentence}", file=sys.stderr)
 
 
 def positive(text):

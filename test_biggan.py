@@ -1109,9 +1109,18 @@ def test_packing_that_was_killed_continues_and_a_damaged_block_is_packed_again(m
     assert whole.read_bytes()[first_block] == kept
     data, packed = train.open_data(mixed_folder, 32), train.open_data(tmp_path / "packed", 32)
     assert all(np.array_equal(data[i][0], packed[i][0]) for i in range(600))
+    half = tmp_path / "half"                                            # killed before it was described
+    half.mkdir()
+    (half / "images.npy").write_bytes(b"")
+    start(*command[:5], half)
+    assert train.share_missing(half) == 0
+    with open(half / "images.npy", "r+b") as f:
+        f.truncate(1000)
+    assert "is damaged; delete it" in refused(monkeypatch, capsys, train, *command[:5], half)
+    assert "is damaged" in refused(monkeypatch, capsys, train, "--preset", "shapes", "--data", half)
+    assert "would pass for a class" in refused(monkeypatch, capsys, train, *command[:5], mixed_folder / "packed")
     for change, sentence in ((lambda: (mixed_folder / "a" / "000.png").unlink(), "was packed from other images"),
-                             (lambda: command.__setitem__(3, tmp_path / "packed"), "was packed from other images"),
-                             (lambda: command.__setitem__(5, mixed_folder), "is in use for something else")):
+                             (lambda: command.__setitem__(5, picture(tmp_path / "c", "d.png").parent), "is in use for something else")):
         change()
         assert sentence in refused(monkeypatch, capsys, train, *command)
     for spoil, sentence in ((lambda: None, "pixels and the model draws 64"),
@@ -1152,6 +1161,22 @@ def test_cifar_10_is_fetched_once_checked_and_packed(tmp_path, capsys):
         image, label = data[i]
         assert label == i % 4 and (image == [10 * (i // 4) + i % 4, 1, 2]).all()
     assert (test[3][0] == [53, 1, 2]).all()
+
+
+def test_trouble_of_the_disk_is_waited_for_and_costs_no_image(tmp_path, monkeypatch, capsys):
+    for i in range(2):
+        picture(tmp_path / "a", f"{i}.png", colour=(i, i, i))
+    data, trouble, waited, whole = train.ImageFolder(tmp_path, 8), [5, 5, 116], [], train.load_image
+
+    def troubled(path, resolution):
+        if trouble:
+            raise OSError(trouble.pop(), "Stale file handle")
+        return whole(path, resolution)
+
+    monkeypatch.setattr(train, "load_image", troubled)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    assert (data[0][0] == 0).all() and waited == [1, 10, 60] and not data.broken
+    assert capsys.readouterr().err.count("cannot be read now: Stale file handle; trying again") == 3
 
 
 def test_every_shape_is_drawn_inside_its_picture_and_reproducibly():
@@ -1632,6 +1657,14 @@ def test_the_monitor_names_each_sign_of_collapse_and_none_in_health(sick, reason
         if verdict:
             break
     assert verdict and verdict.startswith(reason) and k > 1 and monitor.judge(healthy(600))[0] is None
+
+
+def test_the_monitor_sees_what_is_no_number_and_explosions_between_rare_lines():
+    monitor = metrics.Monitor()
+    assert monitor.judge(healthy(1000))[0] is None
+    assert "linear explodes: 1.5 at step 1000, 3.1 now" in monitor.judge(healthy(2000, sigma_0={"linear": 3.1}))[0]
+    for bad in {"diversity": math.nan}, {"score": math.inf}, {"sigma_0": {"linear": math.nan}}:
+        assert "is no longer a finite number" in metrics.Monitor().judge(healthy(50, **bad))[0]
 
 
 def test_spread_is_the_deviation_within_classes_of_what_is_left_after_averaging():

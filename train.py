@@ -50,8 +50,8 @@ from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, 
                     orthogonal_regularisation, processes, r1_penalty, rank, sigma_pull, singular_values, standing_statistics,
                     truncated_normal)
 from metrics import Monitor, pyramid_distances, spread_within
-from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw, image_grid, newest_checkpoint, pick_device,
-                    read_checkpoint, run, save_atomically, warn)
+from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw, file_trouble, image_grid, newest_checkpoint,
+                    pick_device, read_checkpoint, run, save_atomically, tell, warn)
 
 
 # ---------------------------------------------------------------- settings
@@ -158,7 +158,7 @@ def parse_settings(arguments):
     typed = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     preset = typed.get("preset", Settings.preset)
     s = Settings(**{**PRESETS[preset], **typed})
-    if "data" in typed:
+    if "data" in typed or s.loss == "wgan-gp":
         s.held_out = typed.get("held_out")                          # the preset's belongs to its own data
     for name in "ch", "shared_dim":
         if getattr(s, name) is None:
@@ -319,7 +319,7 @@ class ImageFolder:
         for j in [*range(i, end), *range(first, i)]:
             if j not in self.broken:
                 try:
-                    return load_image(self.paths[j], self.resolution), label
+                    return load_patiently(self.paths[j], self.resolution), label
                 except Exception as reason:                         # Pillow raises whatever its decoders do
                     self.broken.add(j)
                     warn(f"skipped {self.paths[j]}: {reason}")
@@ -388,7 +388,10 @@ PACK_BLOCK = 256
 
 def share_missing(folder):
     """Of a packed folder, the share that is not packed yet."""
-    return (np.load(folder / "checksums.npy") < 0).mean() if (folder / "packed.json").exists() else 1.0
+    try:
+        return (np.load(folder / "checksums.npy") < 0).mean() if (folder / "packed.json").exists() else 1.0
+    except Exception:                                               # damaged; numpy raises what its parsers do
+        return 1.0
 
 
 def open_packed(folder, resolution):
@@ -406,7 +409,9 @@ def open_packed(folder, resolution):
         if (images.shape != (len(labels), resolution, resolution, 3) or images.dtype != np.uint8
                 or zlib.crc32(labels.tobytes()) != described["labels"] or labels.max() >= len(described["classes"])):
             raise ValueError("its files do not fit each other")
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except UserError:
+        raise
+    except Exception as error:                                      # numpy raises what its parsers do
         raise UserError(f"the packed folder {folder} is damaged ({error}); delete it and pack again") from None
     return Arrays(images, labels, described["classes"])
 
@@ -416,7 +421,7 @@ class Blocks:
 
     def __init__(self, data, folder, resolution, checksums):
         self.data, self.file, self.resolution, self.checksums = data, folder / "images.npy", resolution, checksums
-        self.header = self.file.stat().st_size - len(data) * resolution**2 * 3
+        self.header = np.load(self.file, mmap_mode="r").offset      # where the pixels begin
 
     def __getitem__(self, b):
         block = range(b * PACK_BLOCK, min((b + 1) * PACK_BLOCK, len(self.data)))
@@ -443,10 +448,17 @@ def pack(data, folder, resolution, workers):
     say(f"{len(data):,} images at {resolution}x{resolution}: {size / 1e9:,.2f} GB in {folder}", flush=True)
     checksums = np.full(-(-len(data) // PACK_BLOCK), -1, np.int64)
     if (folder / "packed.json").exists():
-        if json.loads((folder / "packed.json").read_text()) != described:
+        try:
+            before, checksums = json.loads((folder / "packed.json").read_text()), np.load(folder / "checksums.npy")
+            whole = np.load(folder / "images.npy", mmap_mode="r").shape == (before["images"], *2 * [before["resolution"]], 3)
+        except Exception:                                           # numpy raises what its parsers do
+            whole = False
+        if not whole:
+            raise UserError(f"the packed folder {folder} is damaged; delete it and repeat the command")
+        if before != described:
             raise UserError(f"{folder} was packed from other images or at another size; delete it or choose another --pack")
-        checksums = np.load(folder / "checksums.npy")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or {p.name.removesuffix(".tmp") for p in folder.iterdir()}
+                              - {"images.npy", "labels.npy", "checksums.npy", "packed.json"}):      # of a pack killed at its beginning
         raise UserError(f"{folder} is in use for something else; choose another --pack")
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -459,13 +471,17 @@ def pack(data, folder, resolution, workers):
     blocks = torch.utils.data.DataLoader(Blocks(data, folder, resolution, checksums.copy()), batch_size=None,
                                          sampler=range(len(checksums)), num_workers=workers)
     started = said = time.perf_counter()
-    for done, (b, checksum) in enumerate(blocks, start=1):
-        if checksums[b] != checksum:
-            checksums[b] = checksum
-            save_atomically(folder / "checksums.npy", lambda f: np.save(f, checksums))
-        if time.perf_counter() - said > 10:
-            said = time.perf_counter()
-            say(f"{done / len(checksums):.0%}, {(said - started) * (len(checksums) / done - 1) / 60:.0f} minutes left", flush=True)
+    try:
+        for done, (b, checksum) in enumerate(blocks, start=1):
+            if checksums[b] != checksum:
+                checksums[b] = checksum
+                save_atomically(folder / "checksums.npy", lambda f: np.save(f, checksums))
+            if time.perf_counter() - said > 10:
+                said = time.perf_counter()
+                say(f"{done / len(checksums):.0%}, {(said - started) * (len(checksums) / done - 1) / 60:.1f} minutes left")
+    except (OSError, RuntimeError) as error:                        # a full disk, a killed worker
+        raise UserError(f"packing {folder} was interrupted ({str(error).splitlines()[-1]}); when that is mended, "
+                        "the same command continues") from None
     say(f"packed, each block checked: --data {folder}")
 
 
@@ -498,6 +514,18 @@ def fetch_cifar10(folder=Path("data"), url=CIFAR10_URL, md5=CIFAR10_MD5):
             records = np.frombuffer(b"".join(map(read, files)), np.uint8).reshape(-1, 1 + 3 * 32 * 32)    # label, red, green, blue
             images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             pack(Arrays(images, records[:, 0], classes), folder / name, 32, workers=0)
+
+
+def load_patiently(path, resolution):
+    """`load_image`, but trouble of the disk or the network, unlike a broken image, may pass: it is waited for, a minute or so."""
+    for wait in 1, 10, 60, None:
+        try:
+            return load_image(path, resolution)
+        except OSError as error:                                    # Pillow's own, for broken images, have no errno
+            if error.errno is None or isinstance(error, (FileNotFoundError, PermissionError)) or wait is None:
+                raise
+            warn(f"{path} cannot be read now: {error.strerror}; trying again in {wait} s")
+            time.sleep(wait)
 
 
 def open_data(source, resolution, held_out=False):
@@ -597,6 +625,8 @@ def join_processes():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # After --max-restarts the new processes meet in the same store as the dead ones and would find their addresses: an own name space.
     store, own_rank, size = next(rendezvous("env://"))
+    if store.check(["given up"]):
+        sys.exit(1)                                                 # see give_up
     store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=own_rank, world_size=size)
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -604,14 +634,21 @@ def join_processes():
 
 def say(*words, **options):
     if rank() == 0:
-        print(*words, **options)
+        tell(*words, **options)
 
 
 def fail(sentence, status=1):
     """End this process at once, without a word to the others. Where several fail for the same reason, the first one says it."""
     if store is None or store.add(sentence, 1) == 1:
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        tell(f"error: {sentence}", file=sys.stderr)
     os._exit(status) if processes() > 1 else sys.exit(status)       # a usual end would wait for the other processes
+
+
+def give_up(sentence):
+    """End all processes, and those that torchrun may start in their place, which would only come to the same end."""
+    if store is not None and rank() == 0:
+        store.underlying_store.set("given up", sentence)
+    raise SystemExit(1 if rank() else f"error: {sentence}")
 
 
 def together(work, *arguments, first_only=False):
@@ -624,6 +661,8 @@ def together(work, *arguments, first_only=False):
             result = work(*arguments)
         except UserError as mistake:
             error = str(mistake)
+        except OSError as trouble:
+            error = file_trouble(trouble)
     if processes() > 1:
         everyone = [None] * processes()
         dist.all_gather_object(everyone, (result if first_only else None, error))
@@ -780,6 +819,7 @@ class Trainer:
         share, limit = len(self.rows), self.micro
         while limit := max((n for n in range(1, limit // 2 + 1) if share % n == 0), default=0):
             self.opt_G.zero_grad(), self.opt_D.zero_grad()
+            self.scaler_G, self.scaler_D = (torch.amp.GradScaler(self.device.type, init_scale=1.0) for _ in "GD")
             rows, micro, self.rows, self.micro = self.rows, self.micro, self.rows[:limit], limit
             try:
                 x = torch.zeros(limit, 3, self.config.resolution, self.config.resolution, device=self.device)
@@ -1051,12 +1091,14 @@ def main(arguments):
     if s.precision == "auto":
         s.precision = "bf16" if has_bf16(device) else "fp32"
     resolution = MODELS[s.model].resolution
-    if s.data == PRESETS["cifar10"]["data"]:
+    if Path(s.data) == Path(PRESETS["cifar10"]["data"]) and (not Path(s.data).exists() or Path(s.data, "packed.json").exists()):
         together(fetch_cifar10, first_only=True)
     data = together(open_data, s.data, resolution)
     if s.pack:
         if processes() > 1:
             raise UserError("--pack starts as many processes as there are cores by itself; run it without torchrun")
+        if Path(s.pack).resolve().is_relative_to(Path(s.data).resolve()):
+            raise UserError(f"--pack {s.pack} lies in the folder of --data, where it would pass for a class; choose another")
         return pack(data, s.pack, resolution, s.workers or len(os.sched_getaffinity(0)))
     names = ", ".join(data.classes[:5]) + (", ..." if len(data.classes) > 5 else "")
     counts = np.bincount(data.labels, minlength=len(data.classes))
@@ -1092,6 +1134,8 @@ def main(arguments):
         failure = None
         try:
             train(trainer, data, held_out, s)
+        except UserError as error:                                  # in this process alone; a worker's comes with its whole traceback
+            fail(str(error).splitlines()[-1].removeprefix("sample.UserError: "), 2)
         except (MemoryError, RuntimeError) as error:
             failure = ("memory" if out_of_memory(error) else "worker" if "DataLoader worker" in str(error) else
                        "peer" if processes() > 1 and re.search("onnection|NCCL|[Tt]imed out", str(error)) else None)
@@ -1106,8 +1150,9 @@ def main(arguments):
 def explain(failure, trainer):
     """End this process with a sentence about what has happened and what to do."""
     if failure == "memory":
-        step, fitting = trainer.step + 1, trainer.micro_batch_that_fits()
-        fail(f"memory ran out in step {step} with {trainer.micro * processes()} images at a time; " + (
+        step, saved, fitting = trainer.step, checkpoints_of(trainer.s.out), trainer.micro_batch_that_fits()
+        fail(f"memory ran out after {step} steps, with {trainer.micro * processes()} images at a time; " + (
+             "the same command continues; if it happens again, start anew with a smaller --micro-batch" if saved else
              f"--micro-batch {fitting} fits; batch norm then sees {fitting} images" if fitting else
              "not even one image at a time fits; choose a smaller --ch or --model"), 2)
     fail({"worker": "a process that decodes images has been killed, perhaps for want of memory; the same command continues, "
@@ -1188,17 +1233,24 @@ def train(trainer, data, held_out, s):
                     measured, text = look_closer(trainer, data, held_out, fake, s)
                     entry |= measured
                     say(f"step {step}: {text}\033[K" if sys.stdout.isatty() else text, flush=True)
+            before = trainer.monitor.state_dict()
             reason, best, state = together(lambda: (*trainer.monitor.judge(entry), trainer.monitor.state_dict()), first_only=True)
             trainer.monitor.load_state_dict(state)                  # the first process's, in all of them
             if log:
                 log.write({**entry, "collapse": reason} if reason else entry)
             sums, since, started = 0, step, time.perf_counter()
-        if (best or due(s.save_every)) and not reason and save_checkpoint(trainer, data.classes, s):
-            saved = step
+        if (best or due(s.save_every)) and not reason:
+            if save_checkpoint(trainer, data.classes, s):
+                saved = step
+            elif best:
+                trainer.monitor.load_state_dict(before)             # the best one on the disk is still the one before
         if due(s.sample_every):
             grid = save_samples(trainer, G, s)
         if reason and collapsed(trainer, reason, s):
             roll_back(trainer, data.classes, s)
+            if log:
+                log = Log(log.path, trainer.step)                   # without the lines of the steps that are now undone
+                log.write({"step": trainer.step, "rolled_back_from": step, "because": reason})
             real_batches, since, saved = batches(data, s, trainer.step, trainer.device), trainer.step, trainer.step
     say()
     if trainer.step > saved and not save_checkpoint(trainer, data.classes, s):
@@ -1229,7 +1281,7 @@ def collapsed(trainer, reason, s):
                     "to train on from there with half the learning rates, add --on-collapse rollback")
     else:
         what_now = "no checkpoint is better; start anew with smaller learning rates or --r1"
-    raise SystemExit(1 if rank() else f"error: {sentence}; {what_now}")
+    give_up(f"{sentence}; {what_now}")
 
 
 def stop_if_not_finite(trainer, means, s):
@@ -1242,9 +1294,8 @@ def stop_if_not_finite(trainer, means, s):
         return
     what = trainer.first_not_finite() or next(name for name, value in means.items() if not math.isfinite(value))
     earlier = f"the checkpoints in {s.out} are from before" if checkpoints_of(s.out) else "there is no checkpoint from before"
-    raise SystemExit(1 if rank() else
-                     f"error: training has diverged at step {trainer.step}: {what} is no longer finite; nothing of it was saved, "
-                     f"{earlier}; start a new run with smaller learning rates or penalties")
+    give_up(f"training has diverged at step {trainer.step}: {what} is no longer finite; nothing of it was saved, "
+            f"{earlier}; start a new run with smaller learning rates or penalties")
 
 
 if __name__ == "__main__":
