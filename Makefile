@@ -1,7 +1,7 @@
 # make demo    train on drawn shapes and show what the generator draws (14 minutes on two CPU cores)
 # make test    the tests (4 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (2 minutes)
-# make trial   thirty kills, a collapse and a full disk (10 minutes, as root)
+# make trial   thirty kills, a collapse and a full disk (5 minutes, as root)
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 
 PYTHON ?= python3
