@@ -479,9 +479,8 @@ def pack(data, folder, resolution, workers):
             if time.perf_counter() - said > 10:
                 said = time.perf_counter()
                 say(f"{done / len(checksums):.0%}, {(said - started) * (len(checksums) / done - 1) / 60:.1f} minutes left")
-    except (OSError, RuntimeError) as error:                        # a full disk, a killed worker
-        raise UserError(f"packing {folder} was interrupted ({str(error).splitlines()[-1]}); when that is mended, "
-                        "the same command continues") from None
+    except (UserError, OSError, RuntimeError) as error:             # a class without an image, a full disk, a killed worker
+        raise UserError(f"packing {folder} was interrupted: {last_line(error)}; when that is mended, the same command continues") from None
     say(f"packed, each block checked: --data {folder}")
 
 
@@ -649,6 +648,11 @@ def give_up(sentence):
     if store is not None and rank() == 0:
         store.underlying_store.set("given up", sentence)
     raise SystemExit(1 if rank() else f"error: {sentence}")
+
+
+def last_line(error):
+    """What an exception says; one that comes out of a data-loading worker puts a whole traceback before it."""
+    return str(error).splitlines()[-1].removeprefix("sample.UserError: ")
 
 
 def together(work, *arguments, first_only=False):
@@ -920,7 +924,7 @@ def open_run(s, described):
     for folder in "checkpoints", "samples":
         (out / folder).mkdir(parents=True, exist_ok=True)
     lock_run(out)
-    for leftover in (out / "checkpoints").glob("step-*.tmp"):       # of a process that was killed while saving
+    for leftover in out.glob("*/step-*.tmp"):                       # of a process that was killed while saving
         leftover.unlink()
     checkpoint, path = newest_checkpoint(out)
     for damaged in checkpoints_of(out):
@@ -1135,7 +1139,7 @@ def main(arguments):
         try:
             train(trainer, data, held_out, s)
         except UserError as error:                                  # in this process alone; a worker's comes with its whole traceback
-            fail(str(error).splitlines()[-1].removeprefix("sample.UserError: "), 2)
+            fail(last_line(error), 2)
         except (MemoryError, RuntimeError) as error:
             failure = ("memory" if out_of_memory(error) else "worker" if "DataLoader worker" in str(error) else
                        "peer" if processes() > 1 and re.search("onnection|NCCL|[Tt]imed out", str(error)) else None)
