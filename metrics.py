@@ -226,15 +226,15 @@ def load_images(source, resolution, n, seed):
     """n images of a folder, packed or not, or freshly drawn shapes that training never sees: (n, R, R, 3) uint8.
 
     Unreadable files are named."""
-    from train import Shapes, load_image, open_packed
+    from train import Shapes, load_image, open_packed, some_images
     if source == "shapes":
         shapes = Shapes(resolution)
         return np.stack([shapes[Shapes.length + seed * n + i][0] for i in range(n)])
     if Path(source, "packed.json").exists():
-        packed = open_packed(source, resolution).images
+        packed = open_packed(source, resolution)
         if len(packed) < n:
             raise UserError(f"{source} has {len(packed)} images, fewer than --n {n}; pass --n {len(packed)}")
-        return np.stack([packed[i] for i in np.random.default_rng(seed).permutation(len(packed))[:n]])
+        return some_images(packed, n, seed)[0].numpy()
     paths, images = find_images(source), []
     for i in np.random.default_rng(seed).permutation(len(paths)):
         if len(images) == n:
@@ -250,8 +250,9 @@ def load_images(source, resolution, n, seed):
 
 def common_side(source):
     """The largest power of two that the first readable image of a folder is not smaller than."""
+    from train import open_packed
     if Path(source, "packed.json").exists():
-        return json.loads(Path(source, "packed.json").read_text())["resolution"]
+        return open_packed(source).images.shape[1]
     for path in find_images(source):
         try:
             with Image.open(path) as image:

@@ -394,11 +394,12 @@ def share_missing(folder):
         return 1.0
 
 
-def open_packed(folder, resolution):
-    """A packed folder as a data set; its images stay on the disk until they are wanted."""
+def open_packed(folder, resolution=None):
+    """A packed folder, of this or of any resolution, as a data set; its images stay on the disk until they are wanted."""
     folder = Path(folder)
     try:
         described = json.loads((folder / "packed.json").read_text())
+        resolution = resolution or described["resolution"]
         if described["resolution"] != resolution:
             raise UserError(f"{folder} holds images of {described['resolution']} pixels and the model draws {resolution}; "
                             "pack the folder that it was made of again, for this model")
@@ -445,7 +446,7 @@ def pack(data, folder, resolution, workers):
     described = {"resolution": resolution, "images": len(data), "classes": data.classes,
                  "labels": zlib.crc32(np.asarray(data.labels, np.int64).tobytes()),
                  "files": zlib.crc32("\n".join(f"{p.parent.name}/{p.name}" for p in getattr(data, "paths", [])).encode())}
-    say(f"{len(data):,} images at {resolution}x{resolution}: {size / 1e9:,.2f} GB in {folder}", flush=True)
+    say(f"{len(data):,} images at {resolution}x{resolution}: {size / 1e9:,.2f} GB in {folder}")
     checksums = np.full(-(-len(data) // PACK_BLOCK), -1, np.int64)
     if (folder / "packed.json").exists():
         try:
@@ -495,7 +496,7 @@ def fetch_cifar10(folder=Path("data"), url=CIFAR10_URL, md5=CIFAR10_MD5):
     archive = folder / url.rpartition("/")[2]
     folder.mkdir(exist_ok=True)
     if not archive.exists():
-        say(f"fetching {url}, 170 MB", flush=True)
+        say(f"fetching {url}, 170 MB")
         try:
             with urllib.request.urlopen(url, timeout=60) as source:
                 save_atomically(archive, lambda f: shutil.copyfileobj(source, f))
@@ -1034,8 +1035,7 @@ def roll_back(trainer, classes, s):
         for path in checkpoints_of(s.out):
             if path > checkpoint_path(s, trainer.step):
                 path.rename(path.with_suffix(".collapsed"))
-    say(f"rolled back from step {collapsed} to {trainer.step}; learning rates {s.g_lr / 2**rollbacks:.3g} and {s.d_lr / 2**rollbacks:.3g}",
-        flush=True)
+    say(f"rolled back from step {collapsed} to {trainer.step}; learning rates {s.g_lr / 2**rollbacks:.3g} and {s.d_lr / 2**rollbacks:.3g}")
 
 
 def averaged_generator(trainer):
@@ -1232,11 +1232,11 @@ def train(trainer, data, held_out, s):
             fake = draw_together(G, [k % trainer.config.n_classes for k in range(SCORED)], range(SCORED)) if due(s.eval_every) else None
             if log:
                 entry |= trainer.signs(real, labels)
-                say(progress(entry, s), end=end_of_line, flush=True)
+                say(progress(entry, s), end=end_of_line)
                 if due(s.eval_every):
                     measured, text = look_closer(trainer, data, held_out, fake, s)
                     entry |= measured
-                    say(f"step {step}: {text}\033[K" if sys.stdout.isatty() else text, flush=True)
+                    say(f"step {step}: {text}\033[K" if sys.stdout.isatty() else text)
             before = trainer.monitor.state_dict()
             reason, best, state = together(lambda: (*trainer.monitor.judge(entry), trainer.monitor.state_dict()), first_only=True)
             trainer.monitor.load_state_dict(state)                  # the first process's, in all of them
@@ -1294,7 +1294,7 @@ def stop_if_not_finite(trainer, means, s):
     Under float16 single updates are left out as a matter of course; there it is time to stop when no loss scale is small enough."""
     lowest_scale = min(trainer.scaler_G.get_scale(), trainer.scaler_D.get_scale())
     if (all(map(math.isfinite, means.values())) and lowest_scale >= (2**-14 if s.precision == "fp16" else 1)
-            and all(p.isfinite().all() for network in (trainer.G, trainer.D) for p in network.parameters())):
+            and torch.stack([p.isfinite().all() for network in (trainer.G, trainer.D) for p in network.parameters()]).all()):
         return
     what = trainer.first_not_finite() or next(name for name, value in means.items() if not math.isfinite(value))
     earlier = f"the checkpoints in {s.out} are from before" if checkpoints_of(s.out) else "there is no checkpoint from before"
