@@ -2,6 +2,7 @@
 # make test    the tests (4 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (2 minutes)
 # make trial   thirty kills, a collapse and a full disk (5 minutes, as root)
+# make peers   images and speed beside the PyPI package pytorch-pretrained-biggan, which it installs (2 minutes)
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 
 PYTHON ?= python3
@@ -20,9 +21,13 @@ check: .venv/ready
 trial: .venv/ready
 	.venv/bin/python -m pytest -q -s -o python_functions='trial_*' test_biggan.py
 
+peers: .venv/ready
+	.venv/bin/python -m pip install --quiet pytorch-pretrained-biggan==0.1.1 scipy
+	.venv/bin/python -m pytest -q -s -o python_functions='peer_*' test_biggan.py
+
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a virtual environment; install one that can (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch .venv/ready
 
-.PHONY: demo test check trial
+.PHONY: demo test check trial peers

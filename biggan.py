@@ -159,6 +159,17 @@ def matrix_layers(network):
     return {name: m for name, m in network.named_modules() if isinstance(m, SpectralNorm)}
 
 
+@torch.no_grad()
+def fold_spectral_norm(network, sigmas=None):
+    """Divide every weight by its sigma for good, where weights no longer change: the same output without computing sigma at every call.
+
+    sigmas: name of a layer -> its sigma, where they are known; else it is the one that the layer would use. Returns the network."""
+    for name, layer in matrix_layers(network).items():
+        layer.weight.copy_(layer.weight / sigmas[name] if sigmas else layer.normalized_weight())
+        layer.eps = None
+    return network
+
+
 class SNConv2d(SpectralNorm, nn.Conv2d):
     """Convolution with spectral norm that keeps H and W: kernel 3 or 1, stride 1."""
 
@@ -721,6 +732,13 @@ def truncated_normal(shape, threshold=math.inf, generator=None):
     return (math.sqrt(2) * torch.erfinv(uniform)).clamp(-min(threshold, 9), min(threshold, 9)).float()
 
 
+def scaled_normal(shape, scale=1.0, generator=None):
+    """What "truncation" means for the BigGAN-deep weights that were published: noise truncated at 2, times `scale` from 0 to 1.
+
+    Another distribution than the paper's: for 0.5 its standard deviation is 0.44, where that of truncated_normal is 0.28."""
+    return scale * truncated_normal(shape, 2.0, generator)
+
+
 class EMA:
     """A copy of G whose weights are a running average of G's: d * average + (1 - d) * newest (section 3, appendix C).
 
@@ -740,12 +758,12 @@ class EMA:
 
 
 @torch.no_grad()
-def standing_statistics(G, batches=100, batch_size=64, truncation=math.inf, seed=0):
+def standing_statistics(G, batches=100, batch_size=64, noise=truncated_normal, seed=0):
     """Replace the running averages in G's batch norms by exact averages over freshly drawn images (appendix C).
 
     The averages that training leaves behind lag behind the weights, and they belong to untruncated noise: truncated noise has other
-    moments, and samples drawn with the wrong ones are washed out. Classes are drawn uniformly. Several processes share the work and
-    must all call it. Leaves G in eval mode."""
+    moments, and samples drawn with the wrong ones are washed out. So the noise must be that of the samples: noise(shape, generator=...).
+    Classes are drawn uniformly. Several processes share the work and must all call it. Leaves G in eval mode."""
     device = next(G.parameters()).device
     norms = [m for m in G.eval().modules() if isinstance(m, Norm)]
     generator = torch.Generator().manual_seed(seed)
@@ -756,7 +774,7 @@ def standing_statistics(G, batches=100, batch_size=64, truncation=math.inf, seed
     for k in range(batches):
         for norm in norms:
             norm.momentum = 1 / (k + 1)                             # then the running average is the mean of all k + 1 batches
-        z = truncated_normal((share * processes(), G.config.z_dim), truncation, generator)
+        z = noise((share * processes(), G.config.z_dim), generator=generator)
         y = torch.randint(G.config.n_classes, (share * processes(),), generator=generator)
         G(z[mine].to(device), y[mine].to(device))
     for norm in norms:

@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from biggan import standing_statistics
-from sample import (STANDING_BATCHES, Parser, UserError, at_least_one, check_output, draw, positive, read_generator, run,
-                    save_atomically, seed_number, warn)
+from sample import (Parser, UserError, at_least_one, check_output, draw_seeds, positive, prepare, read_generator, run, save_atomically,
+                    seed_number, warn)
 
 
 # ---------------------------------------------------------------- distances between distributions
@@ -230,6 +229,13 @@ def load_images(source, resolution, n, seed):
     if source == "shapes":
         shapes = Shapes(resolution)
         return np.stack([shapes[Shapes.length + seed * n + i][0] for i in range(n)])
+    if str(source).endswith(".npz"):
+        images = open_npz(source)
+        if len(images) < n:
+            raise UserError(f"{source} has {len(images)} images, fewer than --n {n}; pass --n {len(images)}")
+        if images.shape[1] != resolution:
+            raise UserError(f"{source} has images of {images.shape[1]} pixels and the others have {resolution}; draw it at their size")
+        return images[:n]
     if Path(source, "packed.json").exists():
         packed = open_packed(source, resolution)
         if len(packed) < n:
@@ -248,9 +254,25 @@ def load_images(source, resolution, n, seed):
     return np.stack(images)
 
 
+def open_npz(path):
+    """The images (n, R, R, 3) uint8 in an array file of `sample.py --npz` or of anyone else, where they are the first array."""
+    try:
+        with np.load(path) as arrays:
+            images = arrays[arrays.files[0]]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
+            raise ValueError(f"its first array is {images.dtype} of shape {images.shape}, not (n, R, R, 3) of uint8")
+    except OSError:
+        raise
+    except Exception as error:                                      # numpy and zipfile raise what their parsers do
+        raise UserError(f"{path} is not an array of images: {error}") from None
+    return images
+
+
 def common_side(source):
     """The largest power of two that the first readable image of a folder is not smaller than."""
     from train import open_packed
+    if str(source).endswith(".npz"):
+        return open_npz(source).shape[1]
     if Path(source, "packed.json").exists():
         return open_packed(source).images.shape[1]
     for path in find_images(source):
@@ -268,16 +290,16 @@ def common_side(source):
 def main(arguments):
     parser = Parser(__doc__)
     parser.add_argument("--weights", help="run folder or checkpoint to draw the images with (default: the newest run in runs/)")
-    parser.add_argument("--fake", metavar="DIR", help="score the images in this folder instead")
+    parser.add_argument("--fake", metavar="DIR", help="score the images in this folder, or in FILE.npz, instead")
     parser.add_argument("--data", "--real", dest="data", metavar="DIR", help="folder of real images, or 'shapes'")
     parser.add_argument("--n", type=at_least_one, default=2000, help="images of each kind; compare only scores of equal n (default: 2000)")
-    parser.add_argument("--trunc", type=positive, default=math.inf, metavar="T", help="truncate the noise at T (default: not truncated)")
+    parser.add_argument("--trunc", type=positive, metavar="T", help="truncate the noise at T (default: not truncated; see sample.py)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of the noise and the choice of images (default: 0)")
     parser.add_argument("--out", default="metrics.json", metavar="FILE.json", help="(default: metrics.json)")
     args = parser.parse_args(arguments)
     if not args.data:
         parser.error("--data DIR, the folder of real images to compare with, is missing")
-    if args.fake and (args.weights or args.trunc < math.inf):
+    if args.fake and (args.weights or args.trunc):
         parser.error("--fake excludes --weights and --trunc: score a folder or a generator")
     if args.n < 2:
         parser.error("--n must be at least 2, since a distribution is compared")
@@ -292,13 +314,13 @@ def main(arguments):
         G = read_generator(args.weights)
         source, resolution = G.source, G.config.resolution
         real = load_images(args.data, resolution, args.n, args.seed)
-        standing_statistics(G, STANDING_BATCHES, truncation=args.trunc)
+        prepare(G, args.trunc)
         labels = [i % G.config.n_classes for i in range(args.n)]    # every class equally often
-        fake = draw(G, labels, range(args.seed * args.n, (args.seed + 1) * args.n), args.trunc)
+        fake = draw_seeds(G, labels, range(args.seed * args.n, (args.seed + 1) * args.n), G.noise)
 
     distances = pyramid_distances(real, fake)
     result = {"fake": source, "real": args.data, "n": args.n, "resolution": resolution, "seed": args.seed,
-              "truncation": None if math.isinf(args.trunc) else args.trunc,
+              "truncation": args.trunc,
               "swd_x1000": {str(side): round(1000 * d, 2) for side, d in distances.items()},
               "swd_x1000_mean": round(1000 * sum(distances.values()) / len(distances), 2)}
     for name, images in ("real", real), ("fake", fake):

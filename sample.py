@@ -1,33 +1,54 @@
 """Draw images with a trained generator.
 
-    python sample.py --class 3 --n 8                        class number 3, from the newest run in runs/
-    python sample.py --class star heart --trunc 0.5         classes by name; truncated noise: less variety, better images
-    python sample.py --weights runs/cifar10 --class all --n 10 --out grid.png
+    python sample.py --class 207 --trunc 0.5                a golden retriever, by the newest run in runs/ or else a published BigGAN-deep
+    python sample.py --class "golden retriever" --n 16      by name: the model's own, or ImageNet's words
+    python sample.py --weights shapes --class star heart    the small model that comes along, without any network
+    python sample.py --weights runs/cifar10 --sheet truncation --class ship
+    torchrun --nproc_per_node=8 sample.py --npz 50000       an array for scores, on eight GPUs
 
 The picture has one row per class; one class alone fills a square. Image number i depends on the seed + i and on nothing else, so
 --seed 17 --n 1 draws the image that is second with --seed 16.
 
---trunc T draws every component of the noise z from a normal distribution cut off at -T and T, the paper's truncation trick
-(section 3.1). Without it the noise is not truncated, as in training. Batch norm's statistics are gathered anew for every T.
+--weights takes a run folder, a checkpoint, a name (shapes, biggan-deep-128, -256, -512), a path or an address of published weights:
+BigGAN-deep as converted by Hugging Face, or G_ema.pth of the paper's author's PyTorch code. What is fetched is kept in ~/.cache/biggan.
 
-Reading order: errors and files, which train.py and metrics.py share, then checkpoints, then drawing.
+--trunc T means two things. In the paper, and for weights trained here, every component of the noise z is drawn from a normal
+distribution cut off at -T and T (section 3.1); without --trunc it is not cut off, as in training. For the published BigGAN-deep weights
+z is T times a normal distribution cut off at -2 and 2, and T is 1 without --trunc. At 0.5 the first has a standard deviation of 0.28,
+the second of 0.44. --trunc-kind chooses. Batch norm's statistics always belong to the noise: the published ones where there are any,
+else gathered anew and kept in a file beside the weights.
+
+Reading order: errors and files, which train.py and metrics.py share, then weights and their origins, batch norm's statistics, drawing,
+classes, sheets, arrays for scores.
 """
 
 import argparse
+import dataclasses
 import difflib
+import fcntl
+import http.client
+import json
 import math
 import os
 import pickle
 import re
+import shutil
 import sys
+import time
+import urllib.request
 import zipfile
+import zlib
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 
-from biggan import Generator, ModelConfig, standing_statistics, truncated_normal
+from biggan import (MODELS, Discriminator, Generator, ModelConfig, fold_spectral_norm, processes, rank, scaled_normal, standing_statistics,
+                    truncated_normal)
 
 
 # ---------------------------------------------------------------- errors and files
@@ -148,34 +169,123 @@ def pick_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# ---------------------------------------------------------------- checkpoints
+def fetch(url, path, size=None, tries=5):
+    """Download a file. If the connection is cut it goes on from there; `path` appears when all is there and not before.
 
-STANDING_BATCHES = 16                                               # of 64 images, to gather batch norm statistics before drawing
+    size: the bytes it should have, give or take a hundredth. Raises UserError for another size, OSError where it cannot be had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, mark, reason = path.with_name(path.name + ".part"), None, "the connection was cut"
+    with open(part, "ab") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)                               # a second process waits here until the first one is done
+        if path.exists():
+            return part.unlink(missing_ok=True)
+        try:
+            f.truncate(0)
+            for attempt in range(tries):
+                try:
+                    # If-Range: the rest, unless the file has changed; then all of it.
+                    rest = {"Range": f"bytes={f.tell()}-", "If-Range": mark} if mark and f.tell() else {}
+                    with urllib.request.urlopen(urllib.request.Request(url, headers=rest), timeout=60) as answer:
+                        if answer.status != 206:
+                            f.seek(0)
+                            f.truncate()
+                        mark, total = answer.headers["ETag"], f.tell() + int(answer.headers["Content-Length"] or 0)
+                        if size and abs(total - size) > size / 100:
+                            raise UserError(f"it sends {total:,} bytes, not {size:,}")
+                        while block := answer.read(2**20):
+                            f.write(block)
+                            if sys.stderr.isatty():
+                                tell(f"\r{f.tell() / 1e6:.0f} of {total / 1e6:.0f} MB\033[K", end="", file=sys.stderr)
+                    if total and f.tell() == total:
+                        f.flush()
+                        os.fsync(f.fileno())
+                        os.replace(part, path)
+                        return
+                except (OSError, http.client.HTTPException) as error:
+                    reason = getattr(error, "reason", None) or error
+                    if isinstance(error, urllib.error.HTTPError):   # the server's word; asking again will not change it
+                        break
+            raise OSError(str(reason))
+        finally:
+            part.unlink(missing_ok=True)
 
-def read_checkpoint(path):
-    """A checkpoint file as a dictionary of tensors and plain values. Never runs code from it. Raises UserError if it is damaged."""
+
+# ---------------------------------------------------------------- weights and their origins
+
+HERE = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "biggan")
+
+AMAZON = "https://s3.amazonaws.com/models.huggingface.co/biggan/"
+PUBLISHED = {  # name: where it may be had, and its size. DeepMind's generators, converted by Hugging Face
+    "biggan-deep-128": ([AMAZON + "biggan-deep-128-pytorch_model.bin",
+                         "https://huggingface.co/osanseviero/BigGAN-deep-128/resolve/main/pytorch_model.bin"], 210_848_000),
+    "biggan-deep-256": ([AMAZON + "biggan-deep-256-pytorch_model.bin"], 234_410_000),
+    "biggan-deep-512": ([AMAZON + "biggan-deep-512-pytorch_model.bin"], 235_772_000),
+}
+
+# What others call a tensor -> what it is called here: patterns, applied one after the other.
+DEEP_NAMES = [(r"^embeddings", "shared"), (r"^generator\.", ""), (r"^gen_z", "linear"), (r"^conv_to_rgb", "to_rgb"),
+              (r"^bn\.weight", "bn.gain"), (r"^bn\.", "output_norm."), (r"^layers\.8\.(snconv1x1_)?", "attention."), (r"o_conv", "o"),
+              (r"^layers\.(\d+)", lambda m: f"blocks.{int(m[1]) - (int(m[1]) > 8)}"),      # 8, the attention, is not a block here
+              (r"(bn|conv)_(\d)", lambda m: f"{m[1]}{int(m[2]) + 1}"), (r"\.scale\.", ".gain."), (r"\.offset\.", ".bias."),
+              (r"running_(mean|var)s", r"running_\1"), (r"weight_orig", "weight"), (r"weight_(u|v)$", r"\1")]
+PORT_NAMES = [(r"^output_layer\.0", "output_norm"), (r"^output_layer\.2", "to_rgb"), (r"^blocks\.\d+\.1", "attention"),
+              (r"^(blocks\.\d+)\.0", r"\1"), (r"stored_", "running_"), (r"u0$", "u")]
+
+
+@dataclass
+class Weights:
+    """What a file of weights holds, whatever its origin, in the names and layouts of biggan.py."""
+    source: str                                                     # the file's path
+    config: ModelConfig
+    classes: list                                                   # their names
+    step: int                                                       # how long it has been trained, if that is known
+    G_ema: dict                                                     # the averaged generator: name -> tensor
+    G: dict = None                                                  # the one that was trained, and its D, where they are at hand
+    D: dict = None
+    kind: str = "resample"                                          # what truncation means to them
+    sigmas: dict = None                                             # of published deep weights: layer -> sigma
+    moments: dict = field(default_factory=dict)                     # batch norm's: name -> (truncation values, C), where they are known
+
+
+def read_tensors(path):
+    """What torch.save has written into a file, if it is tensors and plain values: never runs code from it. Raises UserError otherwise."""
     path = Path(path)
+    with open(path, "rb") as f:
+        start = f.read(9)
+    if start.startswith(b"PK"):                                     # torch's format is a zip archive, with a checksum per entry
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged, foreign = archive.testzip(), not any(name.endswith("data.pkl") for name in archive.namelist())
+        except OSError:                                             # unreadable is not damaged: `run` reports it
+            raise
+        except Exception:                                           # zipfile raises BadZipFile and, on odd bytes, others
+            raise UserError(f"{path} is not a checkpoint, or it is cut short; use another one") from None
+        if foreign:
+            raise UserError(f"{path} is a zip archive but not a checkpoint; use another one")
+        if damaged:
+            raise UserError(f"the checkpoint {path} is damaged: the checksum of {damaged} is wrong; use another one")
+    elif start != b"\x80\x02\x8a\x0al\xfc\x9cF\xf9":                # and was, before 2020, something that begins like this
+        raise UserError(f"{path} is not a checkpoint, or it is cut short; use another one")
     try:
-        with zipfile.ZipFile(path) as archive:                      # torch's format is a zip archive, with a checksum per entry
-            damaged, foreign = archive.testzip(), not any(name.endswith("data.pkl") for name in archive.namelist())
-    except OSError:                                                 # unreadable is not damaged: `run` reports it
-        raise
-    except Exception:                                               # zipfile raises BadZipFile and, on odd bytes, others
-        raise UserError(f"{path} is not a checkpoint, or it is cut short; use another one") from None
-    if foreign:
-        raise UserError(f"{path} is a zip archive but not a checkpoint; use another one")
-    if damaged:
-        raise UserError(f"the checkpoint {path} is damaged: the checksum of {damaged} is wrong; use another one")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds something other than tensors and plain values; "
                         "it was not loaded, since it could run code") from None
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise UserError(f"{path} is not a checkpoint that torch can load: {str(error).splitlines()[0]}") from None
-    if not isinstance(checkpoint, dict) or not {"step", "model", "classes", "G_ema"} <= checkpoint.keys():
+    except Exception as error:                                      # torch raises what its parsers do
+        raise UserError(f"{path} is not a checkpoint that torch can load: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_checkpoint(path):
+    """A checkpoint of train.py as a dictionary of tensors and plain values. Raises UserError if it is damaged or something else."""
+    checkpoint = read_tensors(path)
+    if not is_own(checkpoint):
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks step, model, classes or G_ema")
     return checkpoint
+
+
+def is_own(content):
+    return isinstance(content, dict) and {"step", "model", "classes", "G_ema"} <= content.keys()
 
 
 def checkpoints_of(run_folder):
@@ -196,71 +306,232 @@ def newest_checkpoint(run_folder):
     return None, None
 
 
-def find_checkpoint(weights):
-    """weights: a run folder, a checkpoint, or None for the newest run in runs/. Returns the checkpoint and its path."""
+def find_weights(weights):
+    """What was typed after --weights, or None -> what the file holds, and its path. Fetches what has a name or an address."""
     if weights is None:
         runs = sorted(Path("runs").glob("*/checkpoints/step-*.pt"), key=lambda p: p.stat().st_mtime)
-        if not runs:
-            raise UserError("there is no trained run in runs/ yet; train one (python train.py --preset shapes) "
-                            "or pass --weights RUN_DIR or CHECKPOINT")
-        weights = runs[-1].parent.parent
-    if Path(weights).is_file():
-        return read_checkpoint(weights), Path(weights)
-    if not Path(weights).is_dir():
-        raise UserError(f"{weights} does not exist; --weights needs a run folder or a checkpoint")
-    checkpoint, path = newest_checkpoint(weights)
-    if checkpoint is None:
-        raise UserError(f"{weights} is not a run folder with a checkpoint in checkpoints/; train on, or name another")
-    return checkpoint, path
+        weights = runs[-1].parent.parent if runs else "biggan-deep-256"
+        if not runs and rank() == 0:
+            tell(f"there is no run in runs/, so this is the published {weights}", file=sys.stderr)
+    path = Path(weights)
+    if weights == "shapes":
+        path = HERE / "docs" / "shapes.pt"
+    elif weights in PUBLISHED:
+        path = fetch_weights(*PUBLISHED[weights], CACHE / f"{weights}.bin", weights)
+    elif str(weights).startswith(("http://", "https://")):
+        path = fetch_weights([weights], None, CACHE / f"{zlib.crc32(weights.encode()):08x}-{Path(weights.split('?')[0]).name}", weights)
+    elif path.is_dir():
+        checkpoint, newest = newest_checkpoint(path)
+        if checkpoint:
+            return checkpoint, newest
+        published = [path / name for name in ("G_ema.pth", "G.pth", "pytorch_model.bin") if (path / name).is_file()]
+        if not published:
+            raise UserError(f"{path} is not a run folder with a checkpoint in checkpoints/; train on, or name another")
+        path = published[0]
+    if not path.is_file():
+        names = ", ".join(["shapes", *PUBLISHED])
+        raise UserError(f"{path} does not exist; --weights needs a run folder, a file of weights, an address, or one of {names}")
+    return read_tensors(path), path
+
+
+def fetch_weights(urls, size, path, name):
+    """The first of these addresses that answers. Returns the path, where the file may lie already."""
+    if not path.exists():
+        reasons = []
+        for url in urls:
+            if rank() == 0:
+                tell(f"fetching {url}", file=sys.stderr)
+            try:
+                fetch(url, path, size)
+                break
+            except (UserError, OSError) as error:
+                reasons.append(f"{url}: {error}")
+        else:
+            raise UserError(f"{name} could not be fetched ({'; '.join(reasons)}); fetch it on another machine from there, put it at "
+                            f"{path}, and repeat the command; --weights shapes needs no network")
+    return path
+
+
+def rename(state, patterns):
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, ours in patterns:
+            name = re.sub(pattern, ours, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def from_deep(state, path):
+    """DeepMind's BigGAN-deep as converted by Hugging Face."""
+    state = rename(state, DEEP_NAMES)
+    steps = len({name.split(".")[1] for name in state if name.startswith("blocks.")}) // 2
+    classes, shared_dim = state["shared.weight"].shape[::-1]
+    config = dataclasses.replace(MODELS[f"biggan-deep-{4 * 2**steps}"], ch=len(state["output_norm.gain"]), n_classes=classes,
+                                 shared_dim=shared_dim, z_dim=state["linear.weight"].shape[1] - shared_dim,
+                                 rgb_filters=len(state["to_rgb.weight"]))
+    vs = {name[:-2]: state.pop(name) for name in list(state) if name.endswith(".v")}
+    # sigma as it was when they were published: u^T W v. Another step of the power iteration would change the images.
+    sigmas = {name: state[name + ".u"] @ (state[name + ".weight"].flatten(1) @ v) for name, v in vs.items()}
+    state["shared.weight"] = state["shared.weight"].T.contiguous()  # a linear layer on one-hot vectors there, a table here
+    for name in "linear.weight", "linear.bias", "linear.u":         # channels were the last of 4 x 4 x C there and are the first here
+        rows = state[name]
+        state[name] = rows.view(16, len(rows) // 16, -1).transpose(0, 1).reshape(rows.shape)
+    state["attention.gamma"] = state["attention.gamma"].squeeze()
+    moments = {name: tensor for name, tensor in state.items() if "running_" in name}        # at t = 0, 0.02, ... 1
+    state.update({name: table[-1] for name, table in moments.items()})
+    return Weights(path, config, class_names(classes), None, state, kind="scale", sigmas=sigmas, moments=moments)
+
+
+def from_port(state, path):
+    """The paper's author's PyTorch code: G_ema.pth or G.pth, with the others of G_ema.pth, G.pth and D.pth if they lie beside it."""
+    G_ema, G, D = ({name: tensor.flatten() if name.endswith(".u") else tensor
+                    for name, tensor in rename(s, PORT_NAMES).items() if not name.endswith(".sv0")}
+                   for s in (state, *(sibling(path, network) for network in "GD")))
+    blocks = len({name.split(".")[1] for name in G_ema if name.startswith("blocks.")})
+    model, (classes, shared_dim) = MODELS[f"biggan{4 * 2**blocks}"], G_ema["shared.weight"].shape
+    config = dataclasses.replace(model, ch=G_ema["to_rgb.weight"].shape[1] // model.g_channels[-1], n_classes=classes,
+                                 shared_dim=shared_dim, z_dim=G_ema["linear.weight"].shape[1] * (blocks + 1), sn_eps=1e-6, bn_eps=1e-5)
+    moments = {name: tensor[None] for name, tensor in G_ema.items() if "running_" in name}  # without truncation
+    return Weights(path, config, class_names(classes), None, G_ema, G or None, D or None, moments=moments)
+
+
+def sibling(path, network):
+    """The file of another network beside the author's G_ema.pth or G.pth, if there is one; any suffix, as in G_ema_best0.pth, is kept."""
+    other = path.with_name(re.sub("^G(_ema)?", network, path.name))
+    return read_tensors(other) if other.is_file() and path.name.startswith("G") else {}
+
+
+def from_own(checkpoint, path):
+    classes, state = checkpoint["classes"], checkpoint["G_ema"]
+    config = ModelConfig(**checkpoint["model"])
+    if not isinstance(classes, list) or [type(name) for name in classes] != [str] * config.n_classes:
+        raise UserError(f"{path} does not name its {config.n_classes} classes: the names are {str(classes)[:80]}")
+    moments = {name: tensor[None] for name, tensor in state.items() if "running_" in name} if checkpoint.get("standing") else {}
+    return Weights(path, config, classes, checkpoint["step"], state, checkpoint.get("G"), checkpoint.get("D"), moments=moments)
+
+
+def read_weights(weights=None):
+    """--weights, or None for the newest run -> Weights, all of them finite and of the right shape. Raises UserError for others."""
+    content, path = find_weights(weights)
+    origin = (from_own if is_own(content) else from_deep if isinstance(content, dict) and "embeddings.weight" in content else
+              from_port if isinstance(content, dict) and "shared.weight" in content else None)
+    if not origin:
+        raise UserError(f"{path} holds no weights: neither a checkpoint of train.py nor a generator of a published kind")
+    try:
+        found = origin(content, path)
+        for state, network in (found.G_ema, Generator), (found.G, Generator), (found.D, Discriminator):
+            if state is not None:
+                with torch.device("meta"):                          # shapes without memory: nothing is allocated for a bad file
+                    network(found.config).load_state_dict(state, assign=True)
+        for part in found.G_ema, found.G, found.D, found.moments, found.sigmas:
+            for name, tensor in (part or {}).items():
+                if not tensor.is_floating_point() or not tensor.isfinite().all():
+                    raise UserError(f"{path} holds numbers that are not finite, in {name}; use an earlier checkpoint")
+    except KeyError as error:
+        raise UserError(f"the weights in {path} are not complete: {error} is missing; get the file again") from None
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise UserError(f"the weights in {path} do not fit its configuration: {str(error).splitlines()[-1].strip()[:300]}") from None
+    return found
 
 
 def read_generator(weights=None):
-    """The averaged generator of a run or checkpoint, on the GPU if there is one, with G.classes (names) and G.source (path).
+    """The averaged generator of these weights, on the GPU if there is one, ready to be fitted to its noise by `prepare`.
 
-    Its batch norm statistics are those that training left behind. Raises UserError for weights that are damaged or do not fit."""
-    checkpoint, path = find_checkpoint(weights)
-    state, classes = checkpoint["G_ema"], checkpoint["classes"]
+    It has G.classes (names), G.source (path), G.kind (what truncation means to it) and G.moments (published batch norm statistics)."""
+    found = read_weights(weights)
+    with torch.device("meta"):
+        G = Generator(found.config)
+    G.load_state_dict(found.G_ema, assign=True)
+    G = fold_spectral_norm(G.requires_grad_(False).eval().float(), found.sigmas)
+    G.classes, G.source, G.kind, G.moments = found.classes, str(found.source), found.kind, found.moments
+    G.fingerprint = zlib.crc32(b"".join(p.contiguous().numpy().tobytes() for p in G.parameters()))
+    return G.to(pick_device(), memory_format=torch.channels_last)
+
+
+def load_generator(weights=None, truncation=None, kind=None):
+    """A generator in eval mode, ready for G(z, y) with z = G.noise((N, G.config.z_dim)), whatever its weights' origin.
+
+    weights: what --weights takes. Its batch norm statistics are those of this truncation."""
+    return prepare(read_generator(weights), truncation, kind)
+
+
+# ---------------------------------------------------------------- batch norm's statistics
+
+STANDING_BATCHES = 16                                               # of 64 images, to gather batch norm statistics before drawing
+NOISE = {"resample": truncated_normal, "scale": scaled_normal}      # the two meanings of truncation
+
+
+def prepare(G, truncation=None, kind=None):
+    """Fit the batch norms of G to the noise it will be given, and give it that noise: G.noise(shape, generator=None) -> z.
+
+    truncation: None for the widest that the weights were made for. Returns G."""
+    kind = kind or G.kind
+    if truncation is None:
+        truncation = 1.0 if kind == "scale" else math.inf
+    if kind == "scale" and truncation > 1:
+        raise UserError(f"truncation {truncation:g} is above 1, the widest that scaled noise has; --trunc-kind resample takes any")
+    G.noise = partial(truncated_normal, threshold=truncation) if kind == "resample" else partial(scaled_normal, scale=truncation)
+    if G.moments and kind == G.kind and (kind == "scale" or truncation == math.inf):
+        moments = {name: interpolate(table, truncation) for name, table in G.moments.items()}
+        G.load_state_dict(moments, strict=False)
+        return G
+    cache = Path(f"{G.source}.{kind}-{truncation:g}.stats")
     try:
-        config = ModelConfig(**checkpoint["model"])
-        with torch.device("meta"):                                  # shapes without memory: nothing is allocated for a bad file
-            G = Generator(config)
-        G.load_state_dict(state, assign=True)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"the weights in {path} do not fit its configuration: {str(error).splitlines()[-1].strip()}") from None
-    for name, tensor in state.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise UserError(f"{path} holds numbers that are not finite, in {name}; use an earlier checkpoint")
-    if not isinstance(classes, list) or [type(name) for name in classes] != [str] * config.n_classes:
-        raise UserError(f"{path} does not name its {config.n_classes} classes: the names are {str(classes)[:80]}")
-    G = G.requires_grad_(False).eval().to(pick_device(), torch.float32, memory_format=torch.channels_last)
-    G.classes, G.source = classes, str(path)
+        kept = read_tensors(cache)
+        whole = all(tensor.isfinite().all() for tensor in kept["moments"].values())
+        if whole and kept["weights"] == G.fingerprint and kept["batches"] == STANDING_BATCHES:
+            G.load_state_dict({**G.state_dict(), **kept["moments"]})
+            return G
+    except (UserError, OSError, KeyError, TypeError, AttributeError, RuntimeError):
+        pass                                                        # missing, damaged or of other weights: gathered anew
+    standing_statistics(G, STANDING_BATCHES, noise=G.noise)
+    moments = {name: tensor.cpu() for name, tensor in G.state_dict().items() if "running_" in name}
+    if rank() == 0:
+        try:
+            save_atomically(cache, lambda f: torch.save({"weights": G.fingerprint, "batches": STANDING_BATCHES, "moments": moments}, f))
+        except (OSError, RuntimeError):
+            pass                                                    # a folder of others, a full disk: next time they are gathered again
     return G
 
 
-def load_generator(weights=None, truncation=math.inf):
-    """A generator in eval mode, ready for G(z, y) with z = truncated_normal((N, z_dim), truncation), whatever its weights' origin.
-
-    Its batch norm statistics are gathered for this truncation. weights: a run folder, a checkpoint, or None for the newest run."""
-    return standing_statistics(read_generator(weights), STANDING_BATCHES, truncation=truncation)
+def interpolate(table, truncation):
+    """Moments (values, C), published for evenly spaced truncations from 0 to 1 or for none -> those for this truncation (C,)."""
+    if len(table) == 1:
+        return table[0]
+    position = truncation * (len(table) - 1)
+    below = min(int(position), len(table) - 2)
+    return torch.lerp(table[below], table[below + 1], position - below)
 
 
 # ---------------------------------------------------------------- drawing
 
-def seeded_noise(seeds, z_dim, truncation=math.inf):
-    """z (N, z_dim), row i from seeds[i] alone: the same image whatever else is drawn with it."""
-    return torch.cat([truncated_normal((1, z_dim), truncation, torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
 @torch.no_grad()
-def draw(G, labels, seeds, truncation=math.inf, batch=64):
-    """Images of the given labels and seeds: (N, R, R, 3) uint8."""
-    device = next(G.parameters()).device
-    images = []
-    for start in range(0, len(labels), batch):
-        z = seeded_noise(seeds[start:start + batch], G.config.z_dim, truncation).to(device)
-        x = G(z, torch.as_tensor(labels[start:start + batch], device=device))           # (n, 3, R, R) in [-1, 1]
+def draw(G, z, y, batch=None):
+    """G(z, y) as pixels (N, R, R, 3) uint8, so many at a time (default: what is likely to fit)."""
+    device, images = next(G.parameters()).device, []
+    if batch is None:
+        batch = max(1, min(64, 2**20 // G.config.resolution**2)) * (4 if device.type == "cuda" else 1)
+    while (done := sum(map(len, images))) < len(z):
+        try:
+            x = G(z[done:done + batch].to(device), y[done:done + batch].to(device))     # (n, 3, R, R) in [-1, 1]
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise UserError("the GPU's memory is too small to draw one image; free it, "
+                                "or hide the GPU: CUDA_VISIBLE_DEVICES=-1") from None
+            batch //= 2
+            continue
         images.append(((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(images)
+
+
+def draw_seeds(G, labels, seeds, noise=truncated_normal, batch=None):
+    """Images of these labels and seeds (N, R, R, 3) uint8: the same image whatever else is drawn with it."""
+    return draw(G, seeded_noise(seeds, G.config.z_dim, noise), torch.as_tensor(labels), batch)
+
+
+def seeded_noise(seeds, z_dim, noise=truncated_normal):
+    """z (N, z_dim), row i from seeds[i] alone."""
+    return torch.cat([noise((1, z_dim), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def image_grid(images, columns, gap=2):
@@ -273,51 +544,296 @@ def image_grid(images, columns, gap=2):
     return Image.fromarray(sheet)
 
 
+# ---------------------------------------------------------------- classes
+
+def imagenet_words():
+    """WordNet's name of each ImageNet class -> its words, in the order of the indices."""
+    lines = (HERE / "docs" / "imagenet.txt").read_text().splitlines()
+    return {line.split(" ", 1)[0]: line.split(" ", 1)[1].split(", ") for line in lines if not line.startswith("#")}
+
+
+def class_names(n):
+    """Names for the classes of weights that come without: ImageNet's, or numbers."""
+    return list(imagenet_words()) if n == 1000 else [str(k) for k in range(n)]
+
+
+def words_of(classes):
+    """What each class may be called: its own name, and ImageNet's words if that is what the name stands for."""
+    words = imagenet_words() if any(re.fullmatch("n[0-9]{8}", name) for name in classes) else {}
+    return [[name, *words.get(name, [])] for name in classes]
+
+
+def class_title(classes, k):
+    words = words_of(classes)[k]
+    return f"{words[1 if len(words) > 1 else 0]} ({k})"
+
+
 def class_indices(wanted, classes):
-    """What was typed after --class -> class indices. Raises UserError for a class that the model does not have."""
-    lower = [name.lower() for name in classes]
+    """What was typed after --class -> class indices. Raises UserError for a class that the model does not have, or for several."""
+    words = words_of(classes)
+    called = lambda text: [k for k, names in enumerate(words) if text.lower() in map(str.lower, names)]
+    if len(wanted) > 1 and len(whole := called(" ".join(wanted))) == 1:     # golden retriever, typed without quotes
+        return whole
     indices = []
     for text in wanted:
+        found = called(text)
         if text.lower() == "all":
-            indices += range(len(classes))
-        elif text.lower() in lower:
-            indices.append(lower.index(text.lower()))
-        elif re.fullmatch("-?[0-9]+", text):
+            found, indices = [], indices + [*range(len(classes))]
+        elif not found and re.fullmatch("-?[0-9]+", text):
             if not 0 <= int(text) < len(classes):
                 raise UserError(f"there is no class {text}; this model has classes 0 to {len(classes) - 1}")
-            indices.append(int(text))
-        else:
-            near = difflib.get_close_matches(text.lower(), lower, 3)
-            names = [classes[lower.index(name)] for name in near] or classes[:10]
-            raise UserError(f"there is no class named {text}; " + ("did you mean " if near else "this model knows ")
-                            + ", ".join(names) + ("?" if near else ", ..." if len(classes) > 10 else ""))
+            found = [int(text)]
+        elif not found:
+            found = [k for k, names in enumerate(words) if re.search(rf"\b{re.escape(text)}\b", ", ".join(names), re.I)]
+            if not found:
+                known = {name.lower(): name for names in words for name in names}
+                near = [known[name] for name in difflib.get_close_matches(text.lower(), known, 3)]
+                raise UserError(f"there is no class named {text}; " + ("did you mean " if near else "this model knows ")
+                                + ", ".join(near or [names[-1] for names in words[:10]])
+                                + ("?" if near else ", ..." if len(classes) > 10 else ""))
+        if len(found) > 1:
+            candidates = ", ".join(class_title(classes, k) for k in found[:20]) + (", ..." if len(found) > 20 else "")
+            raise UserError(f"{text} could be {candidates}; type the number")
+        indices += found
     return indices
 
 
+# ---------------------------------------------------------------- sheets
+
+def labelled(images, columns, labels, title):
+    """A grid with a title above it and a label in front of each row."""
+    grid, R = image_grid(images, columns), images.shape[1]
+    font = ImageFont.load_default(max(12, R // 9))
+    left, top = round(max(map(font.getlength, labels))) + 12, 2 * font.size
+    sheet = Image.new("RGB", (max(left + grid.width, round(font.getlength(title)) + 12), top + grid.height), "white")
+    sheet.paste(grid, (left, top))
+    pen = ImageDraw.Draw(sheet)
+    pen.text((6, top / 2), title, "black", font, anchor="lm")
+    for row, label in enumerate(labels):
+        pen.text((left - 6, top + 2 + row * (R + 2) + R / 2), label, "black", font, anchor="rm")
+    return sheet
+
+
+def classes_sheet(G, classes, n, seed, truncations, kind):
+    """A row per class, a column per seed."""
+    prepare(G, *truncations, kind)
+    images = draw_seeds(G, np.repeat(classes, n), [*range(seed, seed + n)] * len(classes), G.noise)
+    return labelled(images, n, [class_title(G.classes, k) for k in classes], f"seeds {seed} to {seed + n - 1}, {said(G)}")
+
+
+def truncation_sheet(G, classes, n, seed, truncations, kind):
+    """A row per truncation, the same seeds in each: from variety to typicality (figure 2)."""
+    rows = {}
+    for t in truncations:
+        prepare(G, t, kind)
+        for k in classes:
+            rows[k, t] = draw_seeds(G, [k] * n, range(seed, seed + n), G.noise)
+    several = len(classes) > 1
+    return labelled(np.concatenate([rows[k, t] for k in classes for t in truncations]), n,
+                    [(f"{class_title(G.classes, k)}, " if several else "") + f"{t:g}" for k in classes for t in truncations],
+                    f"truncation{'' if several else ' of ' + class_title(G.classes, classes[0])}, seeds {seed} to {seed + n - 1}")
+
+
+def interpolation_sheet(G, classes, n, seed, truncations, kind):
+    """From one noise vector to another, from one class to another, and both at once (figure 8)."""
+    if not G.config.shared_dim:
+        raise UserError(f"{G.source} has a class table in every layer and nothing between two classes; "
+                        "interpolation needs weights with shared class vectors")
+    if len(classes) != 2:
+        raise UserError(f"interpolation leads from one class to another; give --class two of them, not {len(classes)}")
+    prepare(G, *truncations, kind)
+    t = torch.linspace(0, 1, n)[:, None]
+    z_start, z_end = seeded_noise([seed, seed + 1], G.config.z_dim, G.noise)
+    y_start, y_end = G.shared.weight[classes].cpu()
+    # The root keeps the variance of the noise, to which batch norm's statistics belong.
+    z = ((1 - t) * z_start + t * z_end) / ((1 - t)**2 + t**2).sqrt()
+    y = torch.lerp(y_start, y_end, t)
+    z = torch.cat([z, z_start.expand(n, -1), z])
+    y = torch.cat([y_start.expand(n, -1), y, y])
+    start, end = (class_title(G.classes, k) for k in classes)
+    return labelled(draw(G, z, y), n, ["noise", "class", "both"], f"from {start}, seed {seed}, to {end}, seed {seed + 1}; {said(G)}")
+
+
+def said(G):
+    value = [*G.noise.keywords.values()][0]
+    return "not truncated" if value == math.inf else f"truncated at {value:g}"
+
+
+SHEETS = {"classes": classes_sheet, "truncation": truncation_sheet, "interpolation": interpolation_sheet}
+
+
+def timelapse(run, out):
+    """A run's sample grids, one after the other, as an animated picture."""
+    frames = []
+    for path in sorted(Path(run, "samples").glob("step-*.png")):
+        with Image.open(path) as grid:
+            frame = Image.new("RGB", (grid.width, grid.height + 18), "white")
+            frame.paste(grid, (0, 18))
+        ImageDraw.Draw(frame).text((4, 9), f"step {int(path.stem[5:]):,}", "black", ImageFont.load_default(12), anchor="lm")
+        frames.append(frame)
+    if not frames:
+        raise UserError(f"{run} holds no samples/step-*.png; --weights needs a run folder for a time-lapse")
+    how = {"save_all": True, "append_images": frames[1:], "duration": [400] * (len(frames) - 1) + [3000], "loop": 0}
+    save_atomically(out, lambda f: frames[0].save(f, out.suffix[1:], **how))
+    return frames
+
+
+# ---------------------------------------------------------------- arrays for scores
+
+NPZ_BLOCK = 64
+
+def write_npz(G, classes, n, seed, out):
+    """n images, the classes in turn, as arr_0 (n, R, R, 3) uint8 and arr_1 (n,) labels; arr_2 says what they are.
+
+    They go to the disk as they are drawn. Killed, the same command continues; under torchrun all processes draw."""
+    R, part = G.config.resolution, out.with_name(out.name + ".part")
+    described = json.dumps({"weights": G.fingerprint, "classes": [*map(int, classes)], "n": n, "seed": seed,
+                            "noise": G.noise.func.__name__, "truncation": said(G)})
+    if rank() == 0:
+        start_npz(out, part, described, n, R)
+    if processes() > 1:
+        dist.barrier()
+    if out.exists():
+        return tell(f"{out} is complete already") if rank() == 0 else None
+    labels = np.resize(classes, n)
+    images, done = (np.load(part / f"{name}.npy", mmap_mode="r+") for name in ("images", "done"))
+    missing = np.flatnonzero(np.asarray(done) == 0)[rank()::processes()]
+    started = said_last = time.perf_counter()
+    for k, block in enumerate(missing, start=1):
+        rows = range(block * NPZ_BLOCK, min(n, (block + 1) * NPZ_BLOCK))
+        images[rows.start:rows.stop] = draw_seeds(G, labels[rows.start:rows.stop], [seed + i for i in rows], G.noise)
+        images.flush()                                              # on the disk before the mark that says so
+        done[block] = 1
+        now = time.perf_counter()
+        if rank() == 0 and (now - said_last > 10 or k == len(missing)):
+            said_last, rate = now, k * NPZ_BLOCK * processes() / (now - started)
+            left = int((len(missing) - k) * NPZ_BLOCK * processes() / rate)
+            tell(f"{min(n, int(np.sum(done)) * NPZ_BLOCK):,}/{n:,} images  {rate:.0f} img/s  "
+                 f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+    if processes() > 1:
+        dist.barrier()
+    if rank() == 0:
+        np.save(part / "labels.npy", labels)
+        np.save(part / "described.npy", np.array(described))
+        save_atomically(out, lambda f: zip_arrays(f, [part / f"{name}.npy" for name in ("images", "labels", "described")]))
+        shutil.rmtree(part)
+        tell(f"{n:,} images in {out}")
+
+
+def start_npz(out, part, described, n, R):
+    """Make the folder in which the array grows, or check that it is of the same images."""
+    if out.exists():
+        try:
+            same = str(np.load(out)["arr_2"]) == described
+        except Exception:                                           # not ours
+            same = False
+        if not same:
+            raise UserError(f"{out} exists and holds something else; move it away or choose another --out")
+        return
+    if (part / "settings.json").exists():
+        if (part / "settings.json").read_text() != described:
+            raise UserError(f"{part} holds the beginning of other images; delete it or choose another --out")
+        return
+    if (free := shutil.disk_usage(out.parent).free) < (size := 2 * n * R * R * 3):
+        raise UserError(f"{n:,} images need {size / 1e9:.1f} GB while they are drawn, half of it in the end, and {out.parent} has "
+                        f"{free / 1e9:.1f} GB; make room or choose another --out")
+    part.mkdir(exist_ok=True)
+    np.lib.format.open_memmap(part / "images.npy", "w+", np.uint8, (n, R, R, 3))
+    np.lib.format.open_memmap(part / "done.npy", "w+", np.uint8, (-(-n // NPZ_BLOCK),))
+    save_atomically(part / "settings.json", lambda f: f.write(described.encode()))
+
+
+def zip_arrays(f, paths):
+    """What np.savez does, without having the arrays in memory."""
+    with zipfile.ZipFile(f, "w") as archive:
+        for k, path in enumerate(paths):
+            archive.write(path, f"arr_{k}.npy")
+
+
+def export(weights, out):
+    """The averaged generator alone, for others to draw with: matrices in half precision, statistics of untruncated noise."""
+    found, G = read_weights(weights), load_generator(weights)
+    if found.kind != "resample":
+        raise UserError(f"{found.source} is a generator alone already; copy the file")
+    moments = {name: tensor.cpu() for name, tensor in G.state_dict().items() if "running_" in name}
+    state = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in {**found.G_ema, **moments}.items()}
+    content = {"step": found.step, "model": dataclasses.asdict(found.config), "classes": found.classes, "G_ema": state, "standing": True}
+    save_atomically(out, lambda f: torch.save(content, f))
+
+
+# ---------------------------------------------------------------- the command
+
 def main(arguments):
     parser = Parser(__doc__)
-    parser.add_argument("--weights", help="run folder or checkpoint (default: the newest run in runs/)")
-    parser.add_argument("--class", dest="classes", nargs="+", default=["all"], metavar="CLASS",
-                        help="class indices or names, or all (default: all)")
-    parser.add_argument("--trunc", type=positive, default=math.inf, metavar="T",
-                        help="truncate the noise at T, such as 0.5; useful between 2 and 0.04 (default: not truncated)")
+    parser.add_argument("--weights", help="run folder, checkpoint, published name, path or address (default: the newest run in runs/, "
+                                          "or else biggan-deep-256)")
+    parser.add_argument("--class", dest="classes", nargs="+", metavar="CLASS",
+                        help="class numbers, names, ImageNet words, or all (default: all, but of more than 20 classes ten)")
+    parser.add_argument("--trunc", type=positive, nargs="+", metavar="T",
+                        help="truncate the noise at T, such as 0.5; several for --sheet truncation (default: not truncated; "
+                             "1 for published BigGAN-deep weights)")
+    parser.add_argument("--trunc-kind", choices=NOISE,
+                        help="what T means, see above: resample (the paper's) or scale (default: what it means to these weights)")
     parser.add_argument("--n", type=at_least_one, default=8, help="images per class (default: 8)")
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the first image of every class (default: 0)")
-    parser.add_argument("--out", default="sample.png", metavar="FILE.png", help="(default: sample.png)")
+    parser.add_argument("--sheet", choices=[*SHEETS, "timelapse"],
+                        help="a picture with labels: classes x seeds; one class at several truncations; from one class and noise to "
+                             "another; or a run's sample grids as an animation")
+    parser.add_argument("--npz", type=at_least_one, metavar="N",
+                        help="instead of a picture, N images of the classes in turn as an array for scores")
+    parser.add_argument("--export", action="store_true", help="instead of a picture, the generator alone as a small file: half precision, "
+                                                              "with batch norm statistics of untruncated noise")
+    parser.add_argument("--out", metavar="FILE", help="(default: sample.png, timelapse.gif, sample.npz or generator.pt)")
     args = parser.parse_args(arguments)
-    out = check_output(args.out)
+    modes = [name for name in ("sheet", "npz", "export") if getattr(args, name)]
+    if len(modes) > 1:
+        parser.error(f"--{modes[0]} and --{modes[1]} exclude each other; run the command twice")
+    suffix = ".npz" if args.npz else ".pt" if args.export else ".png"
+    if args.sheet == "timelapse":
+        suffix = Path(args.out).suffix.lower() if args.out and Path(args.out).suffix.lower() in (".webp", ".png") else ".gif"
+    usual = {".png": "sample.png", ".npz": "sample.npz", ".pt": "generator.pt", ".gif": "timelapse.gif"}
+    out = check_output(args.out or usual[suffix], suffix)
+    if args.trunc and len(args.trunc) > 1 and args.sheet != "truncation":
+        parser.error("--trunc takes several values for --sheet truncation only")
+    torch.backends.cudnn.allow_tf32 = False                         # an image must not depend on the batch that it is drawn in
+
+    if args.sheet == "timelapse":
+        if not args.weights:
+            parser.error("--sheet timelapse needs --weights RUN_DIR")
+        frames = timelapse(args.weights, out)
+        return print(f"{len(frames)} grids of {args.weights} in {out}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from train import join_processes                            # which has already imported this file
+        if not args.npz:
+            parser.error("several processes can only share --npz; run this without torchrun")
+        join_processes()
+    if args.export:
+        export(args.weights, out)
+        return print(f"the generator alone in {out}")
     G = read_generator(args.weights)
-    classes = class_indices(args.classes, G.classes)
-    if len(classes) * args.n > 10_000:
-        raise UserError(f"{len(classes)} classes x {args.n} images do not fit into one picture; ask for 10,000 images at most")
-    standing_statistics(G, STANDING_BATCHES, truncation=args.trunc)
-    labels = [label for label in classes for _ in range(args.n)]
-    seeds = [args.seed + i for _ in classes for i in range(args.n)]
-    images = draw(G, labels, seeds, args.trunc)
-    columns = args.n if len(classes) > 1 else math.ceil(math.sqrt(args.n))
-    save_atomically(out, lambda f: image_grid(images, columns).save(f, "PNG"))
-    names = ", ".join(G.classes[k] for k in classes[:10]) + (", ..." if len(classes) > 10 else "")
-    print(f"{out}: {len(images)} images of {names}")
+    everything = range(len(G.classes)) if len(G.classes) <= 20 else range(0, len(G.classes), len(G.classes) // 10)[:10]
+    classes = class_indices(args.classes, G.classes) if args.classes else [*everything]
+    if args.npz:
+        prepare(G, *(args.trunc or [None]), args.trunc_kind)
+        return write_npz(G, class_indices(args.classes or ["all"], G.classes), args.npz, args.seed, out)
+    widest = {"resample": [2, 1.5, 1, 0.5, 0.04], "scale": [1, 0.8, 0.6, 0.4, 0.04]}[args.trunc_kind or G.kind]
+    truncations = args.trunc or (widest if args.sheet == "truncation" else [None])
+    limit = 2**27 // G.config.resolution**2
+    if args.sheet == "interpolation":
+        classes = classes if args.classes else classes[:2]
+    if len(classes) * args.n * len(truncations) > limit:
+        raise UserError(f"{len(classes)} classes x {args.n * len(truncations)} images do not fit into one picture; "
+                        f"ask for {limit:,} images at most")
+    if args.sheet:
+        sheet = SHEETS[args.sheet](G, classes, args.n, args.seed, truncations, args.trunc_kind)
+    else:
+        prepare(G, *truncations, args.trunc_kind)
+        images = draw_seeds(G, np.repeat(classes, args.n), [*range(args.seed, args.seed + args.n)] * len(classes), G.noise)
+        sheet = image_grid(images, columns=math.ceil(math.sqrt(args.n)) if len(classes) == 1 else args.n)
+    save_atomically(out, lambda f: sheet.save(f, "PNG"))
+    names = ", ".join(class_title(G.classes, k) for k in classes[:10]) + (", ..." if len(classes) > 10 else "")
+    kind = f"truncated at {', '.join(f'{t:g}' for t in truncations)}" if truncations != [None] else said(G)
+    print(f"{out}: {args.n * len(classes)} images of {names}, {kind}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The proofs. Each test's name is a statement about BigGAN; the body checks it against arithmetic one can do on paper, or against
 torch's own version of the technique, which appears nowhere else in this project.
 
-Order: the techniques as in biggan.py, then scores, data, runs, and what happens when things go wrong.
-`make test` runs the functions named test_*; `make check` runs those named check_*, which judge a finished `make demo`.
+Order: the techniques as in biggan.py, then scores, data, runs, samples and weights, and what happens when things go wrong.
+`make test` runs the functions named test_*; check_*, trial_* and peer_* take longer, see the Makefile.
 """
 
 import copy
@@ -15,9 +15,11 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,7 +34,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFont
 from torch import nn
 
 import biggan
@@ -908,7 +910,7 @@ def test_standing_statistics_are_the_exact_mean_over_batches():
 def test_standing_statistics_draw_all_classes_with_the_truncation_asked_for():
     G, seen = Generator(small()), []
     G.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
-    standing_statistics(G, batches=3, batch_size=16, truncation=0.5)
+    standing_statistics(G, batches=3, batch_size=16, noise=functools.partial(truncated_normal, threshold=0.5))
     assert max(z.abs().max() for z, _ in seen) <= 0.5 and {k for _, y in seen for k in y.tolist()} == {0, 1, 2, 3}
 
 
@@ -1530,7 +1532,7 @@ def test_stopping_and_continuing_equals_never_stopping(tmp_path):
 
 
 def run_command(script, *arguments, **options):
-    command = [sys.executable, script if script == "-m" else HERE / script, *map(str, arguments)]
+    command = [sys.executable, script if script in ("-m", "-c") else HERE / script, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
@@ -1867,8 +1869,8 @@ def tiny_run(tmp_path_factory):
 def test_an_image_depends_on_its_seed_and_not_on_its_neighbours(tiny_run):
     G = sample.load_generator(tiny_run)
     labels, seeds = [k % 10 for k in range(10)], list(range(10))
-    together = sample.draw(G, labels, seeds, batch=10).astype(int)
-    alone = sample.draw(G, labels, seeds, batch=1).astype(int)
+    together = sample.draw_seeds(G, labels, seeds, batch=10).astype(int)
+    alone = sample.draw_seeds(G, labels, seeds, batch=1).astype(int)
     assert np.abs(together - alone).max() <= 1                          # at most a rounding
 
 
@@ -1876,15 +1878,16 @@ def test_samples_are_drawn_by_the_averaged_generator(tiny_run):
     G = sample.load_generator(tiny_run)
     checkpoint = sample.newest_checkpoint(tiny_run)[0]
     assert G.classes == list(train.SHAPES) and not G.training
-    for name, p in G.named_parameters():
-        assert torch.equal(p, checkpoint["G_ema"][name])
+    for name, p in G.named_parameters():                                # matrices are divided by their sigma
+        a, b = p.flatten().double(), checkpoint["G_ema"][name].flatten().double()
+        close(a / a.norm().clamp(min=1e-12), b / b.norm().clamp(min=1e-12), atol=1e-6)
     assert not torch.equal(checkpoint["G_ema"]["linear.weight"], checkpoint["G"]["linear.weight"])
 
 
 def test_sample_writes_one_row_per_class(tiny_run, tmp_path, capsys):
     start("--weights", tiny_run, "--class", "star", "3", "--n", 5, "--trunc", 0.5, "--out", tmp_path / "a.png", module=sample)
     assert Image.open(tmp_path / "a.png").size == (5 * 34 + 2, 2 * 34 + 2)
-    assert "10 images of star, cross" in capsys.readouterr().out
+    assert "10 images of star (8), cross (3), truncated at 0.5" in capsys.readouterr().out
     checkpoint = next((tiny_run / "checkpoints").glob("*.pt"))
     start("--weights", checkpoint, "--class", "HEART", "--n", 4, "--out", tmp_path / "b.png", module=sample)
     assert Image.open(tmp_path / "b.png").size == (2 * 34 + 2, 2 * 34 + 2)
@@ -1900,6 +1903,648 @@ def test_metrics_scores_a_run_at_every_level(tiny_run, tmp_path):
     assert json.loads((tmp_path / "n.json").read_text())["real_colour"]["mean"] == [1, 1, 200]
 
 
+# ---------------------------------------------------------------- published weights
+# State dicts laid out as the published ones, of random numbers, and what their own networks compute from them, written with torch's
+# functions alone and their names. `make peers` compares with the PyPI package itself, at full size.
+
+def random_state(shapes):
+    """name -> shape to name -> tensor: variances positive, u and v unit vectors as training leaves them, the rest normal."""
+    state = {name: torch.rand(shape) + 0.5 if re.search("vars?$", name) else 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+    for name in state:
+        if name.endswith(("weight_u", "u0")):
+            W = state[re.sub("weight_u$", "weight_orig", name) if name.endswith("weight_u") else name[:-2] + "weight"].flatten(1)
+            u = power_iteration(W, torch.randn(len(W)), steps=3)[1:]
+            state[name] = u[0].reshape(state[name].shape)
+            if name.endswith("weight_u"):
+                state[name[:-1] + "v"] = u[1]
+    return state
+
+
+def deep_state(ch=16, channels=((16, 16), (16, 16), (16, 16), (16, 8), (8, 8), (8, 4), (4, 4), (4, 2), (2, 2), (2, 1)), n_classes=6):
+    """A BigGAN-deep of 128 pixels as Hugging Face lays it out."""
+    def sn(name, *shape, bias=True):
+        columns = math.prod(shape[1:])
+        return {f"{name}.weight_orig": shape, f"{name}.weight_u": shape[:1], f"{name}.weight_v": (columns,),
+                **({f"{name}.bias": shape[:1]} if bias else {})}
+    shapes = {"embeddings.weight": (128, n_classes)} | sn("generator.gen_z", 16 * 16 * ch, 256) | sn("generator.conv_to_rgb", ch, ch, 3, 3)
+    for i, (a, b) in enumerate(channels):
+        name, a, b, middle = f"generator.layers.{i + (i >= 8)}", a * ch, b * ch, a * ch // 4
+        for k, (n, m, size) in enumerate(((a, middle, 1), (middle, middle, 3), (middle, middle, 3), (middle, b, 1))):
+            shapes |= {f"{name}.bn_{k}.running_means": (51, n), f"{name}.bn_{k}.running_vars": (51, n)}
+            shapes |= sn(f"{name}.bn_{k}.scale", n, 256, bias=False) | sn(f"{name}.bn_{k}.offset", n, 256, bias=False)
+            shapes |= sn(f"{name}.conv_{k}", m, n, size, size)
+    for name, out, columns in ("theta", ch // 4, 2 * ch), ("phi", ch // 4, 2 * ch), ("g", ch, 2 * ch), ("o_conv", 2 * ch, ch):
+        shapes |= sn(f"generator.layers.8.snconv1x1_{name}", out, columns, 1, 1, bias=False)
+    shapes |= {"generator.layers.8.gamma": (1,), "generator.bn.weight": (ch,), "generator.bn.bias": (ch,),
+               "generator.bn.running_means": (51, ch), "generator.bn.running_vars": (51, ch)}
+    return random_state(shapes)
+
+
+def attend(x, conv, gamma):
+    """SAGAN's attention from its four 1x1 convolutions."""
+    N, C, H, W = x.shape
+    theta, (phi, g) = conv("theta", x).flatten(2), (F.max_pool2d(conv(name, x), 2).flatten(2) for name in ("phi", "g"))
+    weights = torch.softmax(theta.mT @ phi, -1)
+    return x + gamma * conv("o", (g @ weights.mT).view(N, C // 2, H, W))
+
+
+def deep_images(state, z, y, t):
+    """What the published BigGAN-deep computes: sigma = u . W v, batch norm's moments interpolated between the 51 truncations."""
+    def W(name):
+        W, u, v = (state[f"{name}.weight_{part}"] for part in ("orig", "u", "v"))
+        return W / (u @ W.flatten(1) @ v)
+
+    def norm(x, name, gain, bias):
+        low, share = int(t * 50 + 1e-9), t * 50 - int(t * 50 + 1e-9)
+        mean, var = ((1 - share) * table[low] + share * table[min(low + 1, 50)]
+                     for table in (state[f"{name}.running_means"], state[f"{name}.running_vars"]))
+        return (x - mean[:, None, None]) / (var[:, None, None] + 1e-4).sqrt() * gain[..., None, None] + bias[..., None, None]
+
+    conv = lambda name, x: F.conv2d(x, W(name), state.get(f"{name}.bias"), padding=W(name).shape[-1] // 2)
+    c = torch.cat([z, state["embeddings.weight"].T[y]], 1)
+    h = F.linear(c, W("generator.gen_z"), state["generator.gen_z.bias"]).view(len(z), 4, 4, -1).permute(0, 3, 1, 2)
+    for i in range(11):
+        name = f"generator.layers.{i}"
+        if i == 8:
+            h = attend(h, lambda part, x: conv(f"{name}.snconv1x1_{part}{'_conv' if part == 'o' else ''}", x), state[f"{name}.gamma"])
+            continue
+        x, up = h, i in (1, 3, 5, 7, 10)
+        for k in range(4):
+            h = F.relu(norm(h, f"{name}.bn_{k}", 1 + c @ W(f"{name}.bn_{k}.scale").T, c @ W(f"{name}.bn_{k}.offset").T))
+            h = conv(f"{name}.conv_{k}", F.interpolate(h, scale_factor=2) if up and k == 1 else h)
+        x = x[:, :h.shape[1]]
+        h = h + (F.interpolate(x, scale_factor=2) if up else x)
+    h = F.relu(norm(h, "generator.bn", state["generator.bn.weight"], state["generator.bn.bias"]))
+    return torch.tanh(conv("generator.conv_to_rgb", h)[:, :3])
+
+
+def port_states(ch=8, n_classes=6):
+    """G and D of BigGAN 128 as the author's PyTorch code lays them out."""
+    sn = lambda name, *shape, bias=True: {f"{name}.weight": shape, f"{name}.u0": (1, shape[0]), f"{name}.sv0": (1,),
+                                          **({f"{name}.bias": shape[:1]} if bias else {})}
+    attention = lambda name, C: {f"{name}.gamma": (), **sn(f"{name}.theta", C // 8, C, 1, 1, bias=False),
+                                 **sn(f"{name}.phi", C // 8, C, 1, 1, bias=False), **sn(f"{name}.g", C // 2, C, 1, 1, bias=False),
+                                 **sn(f"{name}.o", C, C // 2, 1, 1, bias=False)}
+    G = {"shared.weight": (n_classes, 128), **sn("linear", 16 * 16 * ch, 20), **sn("output_layer.2", 3, ch, 3, 3)}
+    G |= {f"output_layer.0.{name}": (ch,) for name in ("gain", "bias", "stored_mean", "stored_var")}
+    for i, (a, b) in enumerate(itertools.pairwise((16, 16, 8, 4, 2, 1))):
+        for k, n, m in (1, a * ch, b * ch), (2, b * ch, b * ch):
+            G |= {f"blocks.{i}.0.bn{k}.stored_mean": (n,), f"blocks.{i}.0.bn{k}.stored_var": (n,)}
+            G |= sn(f"blocks.{i}.0.bn{k}.gain", n, 148, bias=False) | sn(f"blocks.{i}.0.bn{k}.bias", n, 148, bias=False)
+            G |= sn(f"blocks.{i}.0.conv{k}", m, n, 3, 3)
+        G |= sn(f"blocks.{i}.0.conv_sc", b * ch, a * ch, 1, 1)
+    D = {**sn("linear", 1, 16 * ch), **sn("embed", n_classes, 16 * ch, bias=False)}
+    widths = [3, *(m * ch for m in (1, 2, 4, 8, 16, 16))]
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
+        D |= sn(f"blocks.{i}.0.conv1", b, a, 3, 3) | sn(f"blocks.{i}.0.conv2", b, b, 3, 3)
+        D |= sn(f"blocks.{i}.0.conv_sc", b, a, 1, 1) if i < 5 else {}
+    return random_state(G | attention("blocks.3.1", 2 * ch)), random_state(D | attention("blocks.0.1", ch))
+
+
+def port_layers(state):
+    """sigma as that code takes it in eval mode: one power step from the stored u0. Returns conv(name, x) and linear(name, x)."""
+    def W(name):
+        W, u = state[f"{name}.weight"], state[f"{name}.u0"]
+        v = F.normalize(u @ W.flatten(1), eps=1e-6)
+        u = F.normalize(v @ W.flatten(1).T, eps=1e-6)
+        return W / (u @ W.flatten(1) @ v.T)
+    return (lambda name, x: F.conv2d(x, W(name), state.get(f"{name}.bias"), padding=W(name).shape[-1] // 2),
+            lambda name, x: F.linear(x, W(name), state.get(f"{name}.bias")), W)
+
+
+def port_images(state, z, y):
+    conv, linear, _ = port_layers(state)
+    norm = lambda x, name: F.batch_norm(x, state[f"{name}.stored_mean"], state[f"{name}.stored_var"], eps=1e-5)
+    first, *chunks = z.split(20, 1)
+    h = linear("linear", first).view(len(z), -1, 4, 4)
+    for i, chunk in enumerate(chunks):
+        name, x, c = f"blocks.{i}.0", h, torch.cat([state["shared.weight"][y], chunk], 1)
+        cbn = lambda x, k: F.relu(norm(x, f"{name}.bn{k}") * (1 + linear(f"{name}.bn{k}.gain", c))[..., None, None]
+                                  + linear(f"{name}.bn{k}.bias", c)[..., None, None])
+        h = conv(f"{name}.conv1", F.interpolate(cbn(x, 1), scale_factor=2))
+        h = conv(f"{name}.conv2", cbn(h, 2)) + conv(f"{name}.conv_sc", F.interpolate(x, scale_factor=2))
+        if i == 3:
+            h = attend(h, lambda part, x: conv(f"blocks.3.1.{part}", x), state["blocks.3.1.gamma"])
+    gain, bias = (state[f"output_layer.0.{part}"][:, None, None] for part in ("gain", "bias"))
+    return torch.tanh(conv("output_layer.2", F.relu(norm(h, "output_layer.0") * gain + bias)))
+
+
+def port_logits(state, x, y):
+    conv, linear, W = port_layers(state)
+    for i in range(6):
+        name, pool = f"blocks.{i}.0", (lambda a: F.avg_pool2d(a, 2)) if i < 5 else (lambda a: a)
+        h = conv(f"{name}.conv2", F.relu(conv(f"{name}.conv1", x if i == 0 else F.relu(x))))
+        x = pool(h) + (conv(f"{name}.conv_sc", pool(x)) if i == 0 else pool(conv(f"{name}.conv_sc", x)) if i < 5 else x)
+        if i == 0:
+            x = attend(x, lambda part, a: conv(f"blocks.0.1.{part}", a), state["blocks.0.1.gamma"])
+    h = F.relu(x).sum((2, 3))
+    return (linear("linear", h) + (F.embedding(y, W("embed")) * h).sum(1, keepdim=True)).squeeze(1)
+
+
+@pytest.fixture(scope="module")
+def deep_file(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("deep") / "deep.bin"
+    torch.save(deep_state(), path, _use_new_zipfile_serialization=False)       # the format of 2019, in which they were published
+    return path
+
+
+@pytest.fixture(scope="module")
+def port_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("port")
+    for name, state in zip("GD", port_states()):
+        torch.save(state, folder / f"{name}.pth")
+    return folder
+
+
+@pytest.mark.parametrize("truncation", [0.4, 0.43, 1.0, None])
+def test_published_deep_weights_draw_what_their_own_network_draws(deep_file, truncation):
+    G, y = sample.load_generator(deep_file, truncation), torch.tensor([3, 0])
+    z = G.noise((2, 128))
+    assert z.abs().max() <= 2 * (truncation or 1) and z.abs().max() > (truncation or 1)
+    state = torch.load(deep_file, weights_only=True)
+    with torch.no_grad():
+        images = G(z, y)
+        assert images.std() > 0.1 and not list(deep_file.parent.glob("*.stats"))
+        close(images, deep_images(state, z, y, truncation or 1.0), atol=1e-5)
+
+
+def test_the_authors_weights_draw_and_judge_as_his_code_does(port_folder):
+    (G_state, D_state), y = (torch.load(port_folder / f"{name}.pth", weights_only=True) for name in "GD"), torch.tensor([3, 0])
+    G, found = sample.load_generator(port_folder), sample.read_weights(port_folder / "G.pth")
+    z = G.noise((2, 120))
+    D = Discriminator(found.config).eval()
+    D.load_state_dict(found.D)
+    with torch.no_grad():
+        images = G(z, y)
+        assert images.std() > 0.05
+        close(images, port_images(G_state, z, y), atol=1e-5)
+        close(D(images, y), port_logits(D_state, images, y), rtol=1e-4)
+
+
+def test_a_thousand_classes_of_published_weights_are_imagenets():
+    assert sample.class_names(1000)[207] == "n02099601" and sample.class_names(2) == ["0", "1"]
+    assert sample.class_title(sample.class_names(1000), 207) == "golden retriever (207)"
+
+
+def published_spoiled(change, old=True):
+    def write(path):
+        state = deep_state(ch=8)
+        change(state)
+        torch.save(state, path, _use_new_zipfile_serialization=not old)
+    return write
+
+
+def plain_pickle(path):
+    with open(path, "wb") as f:
+        pickle.dump(Trap(), f)
+
+
+@pytest.mark.parametrize("spoil, sentence", [
+    (plain_pickle, "not a checkpoint, or it is cut short"),
+    (published_spoiled(lambda s: s.update(x=Trap())), "could run code"),
+    (published_spoiled(lambda s: s.update(x=Trap()), old=False), "could run code"),
+    (published_spoiled(lambda s: s.update(x=3)), "do not fit"),
+    (published_spoiled(lambda s: s.pop("generator.bn.bias")), "Missing key.*output_norm.bias"),
+    (published_spoiled(lambda s: s.pop("generator.gen_z.weight_orig")), "not complete: 'linear.weight' is missing"),
+    (published_spoiled(lambda s: s.update({"generator.bn.bias": torch.ones(3)})), "size mismatch"),
+    (published_spoiled(lambda s: s["generator.layers.3.bn_1.running_means"].fill_(math.nan)), "not finite, in blocks.3.bn2.running_mean"),
+    (published_spoiled(lambda s: s["generator.layers.10.conv_1.bias"].fill_(math.inf)), "not finite, in blocks.9.conv2.bias"),
+    (lambda p: published_spoiled(lambda s: None)(p) or os.truncate(p, p.stat().st_size // 2), "not a checkpoint that torch can load"),
+    (lambda p: torch.save(port_states()[1], p), "holds no weights"),
+    (lambda p: torch.save([1, 2], p), "holds no weights"),
+])
+def test_a_file_that_is_no_sound_published_weights_is_refused(tmp_path, monkeypatch, capsys, spoil, sentence):
+    monkeypatch.chdir(tmp_path)
+    spoil(tmp_path / "bad.bin")
+    assert re.search(sentence, refused(monkeypatch, capsys, sample, "--weights", "bad.bin"))
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.bin"]
+
+
+class Cutting(http.server.BaseHTTPRequestHandler):
+    """Serves `content`; each of the first `cuts` answers breaks off after 100,000 bytes. Continues where it is asked to, if `ranges`."""
+
+    content, cuts, ranges, mark, asked = b"", 0, True, '"a"', []
+
+    def do_GET(self):
+        start, wanted = 0, self.headers["Range"]
+        self.asked.append(wanted)
+        if self.ranges and wanted and self.headers["If-Range"] == self.mark:
+            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.content) - start))
+        self.send_header("ETag", self.mark)
+        self.end_headers()
+        end = start + 100_000 if len(self.asked) <= self.cuts else len(self.content)
+        self.wfile.write(self.content[start:end])
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def server():
+    """A server on this machine; its class attributes say how it behaves."""
+    handler = type("Handler", (Cutting,), {"content": np.random.default_rng(0).bytes(450_000), "asked": []})
+    server = http.server.ThreadingHTTPServer(("localhost", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    handler.url = f"http://localhost:{server.server_address[1]}/weights.bin"
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_download_that_is_cut_goes_on_where_it_was_cut(tmp_path, server):
+    server.cuts = 3
+    sample.fetch(server.url, tmp_path / "a" / "w.bin", size=452_000)
+    assert (tmp_path / "a" / "w.bin").read_bytes() == server.content and server.asked == [None] + [f"bytes={k}00000-" for k in (1, 2, 3)]
+    sample.fetch("http://localhost:1/", tmp_path / "a" / "w.bin")                       # once is enough
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["w.bin"]
+
+
+def test_a_download_starts_again_where_the_server_cannot_continue_or_the_file_has_changed(tmp_path, server):
+    server.cuts, server.ranges = 2, False
+    sample.fetch(server.url, tmp_path / "w.bin")
+    assert (tmp_path / "w.bin").read_bytes() == server.content and len(server.asked) == 3
+    changing = server.do_GET
+
+    def change_after_the_first(self):
+        changing(self)
+        type(self).mark, type(self).content = '"b"', bytes(450_000)
+    server.asked.clear()
+    server.cuts, server.ranges, server.do_GET = 1, True, change_after_the_first
+    sample.fetch(server.url, tmp_path / "v.bin")
+    assert (tmp_path / "v.bin").read_bytes() == bytes(450_000)
+
+
+@pytest.mark.parametrize("behaviour, size, sentence", [
+    ({"cuts": 99}, None, "the connection was cut|IncompleteRead"),
+    ({}, 500_000, "sends 450,000 bytes, not 500,000"),
+    ({"content": b""}, None, "cut"),
+    ({"do_GET": lambda self: self.send_error(404)}, None, "Not Found"),
+])
+def test_a_download_that_fails_leaves_nothing(tmp_path, server, behaviour, size, sentence):
+    server.ranges = False
+    for name, value in behaviour.items():
+        setattr(server, name, value)
+    with pytest.raises((OSError, sample.UserError), match=sentence):
+        sample.fetch(server.url, tmp_path / "w.bin", size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_download_that_is_killed_leaves_no_file_under_the_final_name(tmp_path, server):
+    server.do_GET = lambda self: (self.send_response(200), self.send_header("Content-Length", "450000"), self.end_headers(),
+                                  self.wfile.write(bytes(200_000)), time.sleep(60))
+    code = f"import pathlib, sample; sample.fetch({server.url!r}, pathlib.Path({str(tmp_path / 'w.bin')!r}))"
+    process = run_command("-c", code, cwd=HERE)
+    while not list(tmp_path.glob("*.part")):
+        assert process.poll() is None and time.sleep(0.01) is None
+    process.kill()
+    process.communicate()
+    assert [p.name for p in tmp_path.iterdir()] == ["w.bin.part"]
+    server.do_GET = Cutting.do_GET
+    sample.fetch(server.url, tmp_path / "w.bin")
+    assert (tmp_path / "w.bin").read_bytes() == server.content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_published_weights_are_fetched_by_name_from_the_first_address_that_has_them(tmp_path, monkeypatch, capsys, server, deep_file):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "CACHE", tmp_path / "cache")
+    size, gone = deep_file.stat().st_size, server.url.replace("http://localhost", "http://localhost:1/?")
+    monkeypatch.setitem(sample.PUBLISHED, "biggan-deep-256", ([gone, server.url], size))
+    error = refused(monkeypatch, capsys, sample)                        # no run in runs/: the published ones; those here have a wrong size
+    assert all(words in error for words in ("biggan-deep-256 could not be fetched", gone, "sends 450,000 bytes", "put it at", "shapes"))
+    assert not list(tmp_path.rglob("*.bin"))
+    server.content = deep_file.read_bytes()
+    start("--class", 3, "--n", 2, "--trunc", 0.4, "--out", "a.png", module=sample)
+    assert (tmp_path / "cache" / "biggan-deep-256.bin").read_bytes() == server.content
+    start("--weights", server.url, "--class", 3, "--n", 2, "--trunc", 0.4, "--out", "b.png", module=sample)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_the_sizes_of_published_files_are_those_of_their_tensors():
+    for name, (_, size) in sample.PUBLISHED.items():
+        with torch.device("meta"):
+            G = Generator(MODELS[name])
+        uv = sum(sum(layer.weight.flatten(1).shape) for layer in biggan.matrix_layers(G).values())
+        moments = sum(2 * 51 * len(m.running_mean) for m in G.modules() if isinstance(m, biggan.Norm))
+        assert 0 < size - 4 * (parameters(G) + uv + moments) < 200_000          # the rest is their names
+
+
+# ---------------------------------------------------------------- truncation and batch norm's statistics
+
+def test_the_two_meanings_of_truncation_are_two_distributions():
+    paper, deep = truncated_normal((200_000,), 0.5), biggan.scaled_normal((200_000,), 0.5)
+    # Variance of a standard normal cut off at a: 1 - 2 a phi(a) / (Phi(a) - Phi(-a)).
+    std = lambda a: math.sqrt(1 - 2 * a * math.exp(-a * a / 2) / math.sqrt(2 * math.pi) / math.erf(a / math.sqrt(2)))
+    assert math.isclose(paper.std(), std(0.5), rel_tol=0.01) and math.isclose(deep.std(), 0.5 * std(2), rel_tol=0.01)
+    assert round(std(0.5), 2) == 0.28 and round(0.5 * std(2), 2) == 0.44
+    assert paper.abs().max() <= 0.5 and 0.99 < deep.abs().max() <= 1
+
+
+def test_folding_spectral_norm_changes_the_weights_and_not_the_images():
+    G, y = Generator(small("shapes32")), torch.tensor([0, 1])
+    z = torch.randn(2, G.config.z_dim)
+    for _ in range(3):
+        G(z, y)                                                         # so that u is not the one it started with
+    nn.init.normal_(G.linear.weight)
+    G.eval()
+    images = G(z, y)
+    folded = biggan.fold_spectral_norm(copy.deepcopy(G))
+    close(folded(z, y), images, atol=1e-6)
+    assert not torch.equal(folded.linear.weight, G.linear.weight)
+    W = G.linear.weight.clone()
+    biggan.fold_spectral_norm(G, {name: torch.tensor(2.0) for name in biggan.matrix_layers(G)})
+    assert torch.equal(G.linear.weight, W / 2)
+
+
+def test_moments_between_two_published_truncations_are_interpolated_the_right_way_round():
+    table = torch.arange(51.0)[:, None] ** 2
+    assert sample.interpolate(table, 0.42) == 441 and sample.interpolate(table, 1.0) == 2500
+    close(sample.interpolate(table, 0.425), [0.75 * 441 + 0.25 * 484])
+    assert sample.interpolate(table[:1], 0.7) == 0
+
+
+def test_statistics_belong_to_the_truncation_and_are_kept_beside_the_weights(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "r")
+    one = sample.load_generator(tmp_path / "r", 0.5)
+    kept, = (tmp_path / "r").rglob("*.stats")
+    assert kept.name == "step-00000004.pt.resample-0.5.stats"
+    expected = standing_statistics(sample.read_generator(tmp_path / "r"), 16, noise=functools.partial(truncated_normal, threshold=0.5))
+    assert_same(one.state_dict(), expected.state_dict())
+    # Kept ones are used; those of other weights, damaged ones, and those that are not finite are not.
+    content = torch.load(kept)
+    for change, used in ((lambda m: m.update(moments={n: 2 * a for n, a in m["moments"].items()}), True),
+                         (lambda m: m.update(weights=1), False),
+                         (lambda m: m.update(moments={n: a / 0 for n, a in m["moments"].items()}), False),
+                         (lambda m: m.update(moments={n: a[:3] for n, a in m["moments"].items()}), False)):
+        changed = dict(content)
+        change(changed)
+        torch.save(changed, kept)
+        same = torch.equal(sample.load_generator(tmp_path / "r", 0.5).output_norm.running_mean, expected.output_norm.running_mean)
+        assert same != used
+    kept.write_bytes(b"PK")
+    assert_same(sample.load_generator(tmp_path / "r", 0.5).state_dict(), expected.state_dict())
+    start("--weights", tmp_path / "r", "--trunc", 0.5, "--out", tmp_path / "a.png", module=sample)
+    start(*TINY, "--out", tmp_path / "r", "--steps", 10, "--keep", 1, "--eval-every", 100)
+    assert not list((tmp_path / "r").rglob("*.stats"))                  # gone with their checkpoint
+
+
+def test_statistics_that_cannot_be_written_are_only_not_kept(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "r")
+    (tmp_path / "r" / "checkpoints" / "step-00000004.pt.resample-0.55.stats").mkdir()       # in the way
+    G = sample.load_generator(tmp_path / "r", 0.55)
+    assert G.output_norm.running_mean.abs().max() > 0 and not list((tmp_path / "r").rglob("*.tmp"))
+
+
+def test_scaled_noise_stops_at_1_but_published_weights_take_the_papers_truncation_too(deep_file, tmp_path, monkeypatch, capsys):
+    shutil.copy(deep_file, tmp_path / "w.bin")
+    monkeypatch.setattr(sample, "STANDING_BATCHES", 1)
+    common = ["--weights", tmp_path / "w.bin", "--class", 1, "--n", 1, "--trunc", 1.5, "--out", tmp_path / "a.png"]
+    assert "--trunc-kind resample takes any" in refused(monkeypatch, capsys, sample, *common) and len(list(tmp_path.iterdir())) == 1
+    G = sample.load_generator(tmp_path / "w.bin", 1.5, "resample")
+    assert 1.2 < G.noise((4000,)).abs().max() <= 1.5 and len(list(tmp_path.glob("*.resample-1.5.stats"))) == 1
+
+
+# ---------------------------------------------------------------- seeds, sheets, arrays
+
+def test_the_same_seed_is_the_same_image_in_any_batch(tiny_run):
+    G, seeds = sample.load_generator(tiny_run), range(64)
+    z, y = sample.seeded_noise(seeds, G.config.z_dim, G.noise), torch.arange(64) % 10
+    with torch.no_grad():
+        images = {n: torch.cat([G(*part) for part in zip(z.split(n), y.split(n))]) for n in (1, 7, 64)}
+    assert max((images[n] - images[64]).abs().max() for n in (1, 7)) < 1e-5
+
+
+def grid_in(path, labels):
+    """The pixels of a labelled sheet without its labels, for images of 32 pixels."""
+    sheet = np.asarray(Image.open(path).convert("RGB"))
+    left = 12 + round(max(ImageFont.load_default(12).getlength(label) for label in labels))
+    assert (sheet[:24] < 128).any() and all((sheet[26 + 34 * k:56 + 34 * k, :left] < 128).any() for k in range(len(labels)))   # words
+    return sheet[24:, left:]
+
+
+def same_grid(found, images, columns):
+    grid = np.asarray(sample.image_grid(images, columns))
+    return np.abs(found[:grid.shape[0], :grid.shape[1]].astype(int) - grid).max() <= 1
+
+
+def test_the_sheet_of_classes_has_a_labelled_row_per_class(tiny_run, tmp_path):
+    start("--weights", tiny_run, "--class", "star", 3, "--n", 4, "--sheet", "classes", "--out", tmp_path / "a.png", module=sample)
+    G = sample.load_generator(tiny_run)
+    assert same_grid(grid_in(tmp_path / "a.png", ["star (8)", "cross (3)"]), sample.draw_seeds(G, [8] * 4 + [3] * 4, [0, 1, 2, 3] * 2), 4)
+
+
+def test_the_sheet_of_truncations_has_the_same_seeds_at_each_with_its_own_statistics(tiny_run, tmp_path, capsys):
+    start("--weights", tiny_run, "--class", "star", "--n", 3, "--seed", 5, "--sheet", "truncation", "--out", tmp_path / "a.png",
+          module=sample)
+    assert "3 images of star (8), truncated at 2, 1.5, 1, 0.5, 0.04" in capsys.readouterr().out
+    found = grid_in(tmp_path / "a.png", ["2", "1.5", "1", "0.5", "0.04"])
+    rows = [sample.load_generator(tiny_run, t) for t in (2, 1.5, 1, 0.5, 0.04)]
+    assert same_grid(found, np.concatenate([sample.draw_seeds(G, [8] * 3, [5, 6, 7], G.noise) for G in rows]), 3)
+    start("--weights", tiny_run, "--class", "star", "ring", "--n", 3, "--trunc", 1, 0.5, "--sheet", "truncation",
+          "--out", tmp_path / "b.png", module=sample)
+    images = [sample.draw_seeds(G, [k] * 3, [0, 1, 2], G.noise) for k in (8, 6) for G in rows[2:4]]
+    found = grid_in(tmp_path / "b.png", ["star (8), 1", "star (8), 0.5", "ring (6), 1", "ring (6), 0.5"])
+    assert same_grid(found, np.concatenate(images), 3)
+
+
+def test_the_sheet_of_interpolations_leads_from_one_image_to_another(tiny_run, tmp_path):
+    start("--weights", tiny_run, "--class", "star", "ring", "--n", 3, "--sheet", "interpolation", "--out", tmp_path / "a.png",
+          module=sample)
+    G = sample.load_generator(tiny_run)
+    (z0, z1), (y0, y1) = sample.seeded_noise([0, 1], G.config.z_dim), G.shared.weight[[8, 6]]
+    half_z, half_y = (z0 + z1) / math.sqrt(2), (y0 + y1) / 2                # the half-way noise has variance 1, too
+    z, y = [z0, half_z, z1, z0, z0, z0, z0, half_z, z1], [y0, y0, y0, y0, half_y, y1, y0, half_y, y1]
+    assert same_grid(grid_in(tmp_path / "a.png", ["noise", "class", "both"]), sample.draw(G, torch.stack(z), torch.stack(y)), 3)
+
+
+def test_the_timelapse_shows_a_runs_grids_in_order(tiny_run, tmp_path):
+    folder = tmp_path / "r" / "samples"
+    folder.mkdir(parents=True)
+    for step, grey in (2, 200), (10, 100), (1000, 0):
+        Image.new("RGB", (90, 50), (grey,) * 3).save(folder / f"step-{step:08d}.png")
+    for name in "a.gif", "b.webp", "c.png":
+        start("--weights", tmp_path / "r", "--sheet", "timelapse", "--out", tmp_path / name, module=sample)
+        with Image.open(tmp_path / name) as animation:
+            assert animation.n_frames == 3 and animation.size == (90, 68)
+            for k, grey in enumerate((200, 100, 0)):
+                animation.seek(k)
+                frame = np.asarray(animation.convert("RGB")).astype(int)
+                assert np.abs(frame[40:] - grey).max() < 4 and (frame[:18] < 128).any() and (frame[:18] > 200).any()
+
+
+def test_classes_are_found_by_number_name_and_imagenets_words(monkeypatch, capsys):
+    synsets = list(sample.imagenet_words())
+    assert len(synsets) == 1000 and synsets == sorted(synsets)
+    find = lambda *wanted: sample.class_indices(wanted, synsets)
+    assert find("207", "n02099601", "Golden Retriever", "tench", "goldfinch") == [207, 207, 207, 0, 11]
+    assert find("golden", "retriever") == [207] and find("chickadee") == [19] and len(find("all")) == 1000
+    for text, sentence in (("crane", r"crane could be crane \(134\), crane \(517\); type the number"),
+                           ("retriever", r"flat-coated retriever \(205\).*golden retriever \(207\)"),
+                           ("dog", r"Maltese dog \(153\).*hotdog \(934\); type the number"),
+                           ("goldn retriever", r"did you mean golden retriever"),
+                           ("1000", "classes 0 to 999"), ("qqqqq", "no class named qqqqq; this model knows")):
+        with pytest.raises(sample.UserError, match=sentence):
+            find(text)
+    ten = synsets[200:210]                                              # a model of some of ImageNet's classes
+    assert sample.class_indices(["golden retriever"], ten) == [7] and sample.class_title(ten, 7) == "golden retriever (7)"
+    assert sample.class_indices(["3", "5"], ["5", "3"]) == [1, 0]       # a name comes before a number
+
+
+def test_the_model_that_comes_along_draws_in_an_empty_folder(tmp_path, monkeypatch, capsys):
+    assert (HERE / "docs" / "shapes.pt").stat().st_size < 2e6
+    output, error = run_command("sample.py", "--weights", "shapes", "--class", "star", "--n", 4, cwd=tmp_path).communicate()
+    assert "4 images of star (8), not truncated" in output and not error and [p.name for p in tmp_path.iterdir()] == ["sample.png"]
+    G = sample.load_generator("shapes")
+    # Recognised by comparison: nine of ten are nearest to drawn shapes of their own class, by their brightness alone.
+    brightness = lambda images: (a := images.max(-1).astype(float)) - a.mean((1, 2), keepdims=True)
+    known = brightness(metrics.load_images("shapes", 32, 2000, seed=3)).reshape(2000, -1)
+    drawn = brightness(sample.draw_seeds(G, [k % 10 for k in range(200)], range(200))).reshape(200, -1)
+    nearest = (drawn @ (known / np.linalg.norm(known, axis=1, keepdims=True)).T).argmax(1)
+    assert (nearest % 10 == np.arange(200) % 10).mean() > 0.9
+
+
+def test_an_exported_generator_is_small_and_draws_the_same(tiny_run, tmp_path):
+    start("--weights", tiny_run, "--export", "--out", tmp_path / "g.pt", module=sample)
+    assert (tmp_path / "g.pt").stat().st_size < 0.15 * sample.newest_checkpoint(tiny_run)[1].stat().st_size
+    one, other = (sample.load_generator(weights) for weights in (tiny_run, tmp_path / "g.pt"))
+    a, b = (sample.draw_seeds(G, range(10), range(10)).astype(int) for G in (one, other))
+    assert np.abs(a - b).mean() < 1 and list(tmp_path.iterdir()) == [tmp_path / "g.pt"]      # no statistics had to be gathered
+
+
+NPZ = ["--trunc", 0.7, "--seed", 3, "--npz"]
+
+
+def test_an_array_for_scores_is_the_same_on_one_and_on_four_processes(tiny_run, tmp_path, capsys):
+    shutil.copytree(tiny_run, tmp_path / "r")                           # without the statistics that others have kept
+    start("--weights", tiny_run, *NPZ, 150, "--out", tmp_path / "1.npz", module=sample)
+    for path in (tmp_path / "r").rglob("*.stats"):
+        path.unlink()
+    process = run_command("-m", "torch.distributed.run", "--nproc-per-node", 4, "--master-port", free_port(), HERE / "sample.py",
+                          "--weights", tmp_path / "r", *NPZ, 150, "--out", tmp_path / "4.npz")
+    output, error = process.communicate()
+    assert process.returncode == 0 and "150 images in" in output, error
+    one, four = (np.load(tmp_path / f"{k}.npz") for k in (1, 4))
+    images, G = one["arr_0"].astype(int), sample.load_generator(tiny_run, 0.7)
+    assert images.shape == (150, 32, 32, 3) and one["arr_1"].tolist() == four["arr_1"].tolist() == [k % 10 for k in range(150)]
+    assert np.abs(images - sample.draw_seeds(G, [k % 10 for k in range(150)], range(3, 153), G.noise)).max() <= 1
+    assert np.abs(images - four["arr_0"]).max() <= 1
+    start("--fake", tmp_path / "1.npz", "--real", "shapes", "--n", 150, "--out", tmp_path / "m.json", module=metrics)
+    assert json.loads((tmp_path / "m.json").read_text())["fake_colour"]["mean"] == np.round(images.mean((0, 1, 2)), 1).tolist()
+
+
+def test_an_array_that_was_killed_goes_on_where_it_was(tiny_run, tmp_path, monkeypatch, capsys):
+    arguments = ["--weights", tiny_run, *NPZ, 4000, "--out", tmp_path / "a.npz"]
+    part, process = tmp_path / "a.npz.part", run_command("sample.py", *arguments)
+    marks = lambda: np.load(part / "done.npy") if (part / "settings.json").exists() else np.zeros(1)
+    while not marks().any():
+        assert process.poll() is None and time.sleep(0.01) is None
+    process.kill()
+    process.communicate()
+    assert marks()[0] and not marks().all() and not (tmp_path / "a.npz").exists()
+    first = np.load(part / "images.npy", mmap_mode="r+")
+    first[0] = 7                                                        # which nobody would draw: what is done is not done again
+    first.flush()
+    other = [5 if argument == 3 else argument for argument in arguments]
+    assert "holds the beginning of other images" in refused(monkeypatch, capsys, sample, *other)
+    start(*arguments, module=sample)
+    images, G = np.load(tmp_path / "a.npz")["arr_0"].astype(int), sample.load_generator(tiny_run, 0.7)
+    drawn = sample.draw_seeds(G, [k % 10 for k in range(4000)], range(3, 4003), G.noise)
+    assert (images[0] == 7).all() and np.abs(images[1:] - drawn[1:]).max() <= 1 and not part.exists()
+    start(*arguments, module=sample)
+    assert "is complete already" in capsys.readouterr().out
+    assert "holds something else" in refused(monkeypatch, capsys, sample, *other)
+
+
+# ---------------------------------------------------------------- starting from weights that exist
+
+def test_a_run_starts_from_another_and_keeps_the_classes_of_the_same_name(tmp_path, capsys):
+    for label in "heart", "moon", "star":
+        for i in range(4):
+            picture(tmp_path / "data" / label, f"{i}.png", colour=(60 * i, 0, 0))
+    start(*TINY, "--out", tmp_path / "old", "--steps", 4)
+    capsys.readouterr()
+    new = ["--init", tmp_path / "old", "--preset", "shapes", "--data", tmp_path / "data", "--batch", 8, "--out", tmp_path / "new"]
+    start(*new, "--steps", 1, "--g-lr", 0, "--d-lr", 0, "--ema", 0.9)
+    said = capsys.readouterr().out
+    assert "starting from" in said and "all weights of G and D, but for the vectors of the classes arrow, circle, crescent" in said
+    assert "those of the new classes moon start at random" in said
+    old, new = weights_of(tmp_path / "old", 4), weights_of(tmp_path / "new", 1)
+    for network in "G", "D":
+        for name, tensor in old[network].items():
+            if name in ("shared.weight", "embed.weight"):
+                assert torch.equal(new[network][name][[0, 2]], tensor[[5, 8]]) and len(new[network][name]) == 3
+                assert (new[network][name][1] - tensor.mean(0)).abs().max() < 5 * tensor.std(0).max()
+                assert not torch.equal(new[network][name][1], tensor.mean(0))
+            elif "running" not in name and not name.endswith(".u"):
+                assert torch.equal(new[network][name], tensor), name
+    # The average starts as the old average (here it then moved a tenth of the way to G), not as G.
+    close(new["G_ema"]["linear.weight"], 0.9 * old["G_ema"]["linear.weight"] + 0.1 * old["G"]["linear.weight"])
+    W, u = new["D"]["embed.weight"], new["D"]["embed.u"]
+    close((W.T @ u).norm(), torch.linalg.matrix_norm(W, 2), rtol=0.05)
+
+
+def test_class_tables_in_every_layer_are_matched_too():
+    old, new = (Generator(small("sagan128", n_classes=n, ch=8)) for n in (4, 3))
+    for table in (m for m in old.modules() if isinstance(m, nn.Embedding)):
+        nn.init.normal_(table.weight)
+    state = train.match_classes(new, old.state_dict(), [2, None, 0], torch.Generator())
+    new.load_state_dict(state)
+    for layer in "gain", "bias":
+        ours, theirs = (getattr(G.blocks[1].bn2, layer).weight for G in (new, old))
+        assert torch.equal(ours[[0, 2]], theirs[[2, 0]]) and not torch.equal(ours[1], theirs[1])
+
+
+def test_all_classes_the_same_means_all_weights_the_same(tmp_path):
+    start(*TINY, "--out", tmp_path / "old", "--steps", 2)
+    start("--init", tmp_path / "old", *TINY[:2], *TINY[4:], "--out", tmp_path / "new", "--steps", 1, "--g-lr", 0, "--d-lr", 0)
+    old, new = weights_of(tmp_path / "old", 2), weights_of(tmp_path / "new", 1)
+    assert all(torch.equal(old[n][name], new[n][name]) for n in "GD" for name in old[n] if name.endswith(("weight", "bias", "gain")))
+
+
+def test_a_run_that_was_started_from_weights_continues_without_them(tmp_path, capsys):
+    shutil.copy(HERE / "docs" / "shapes.pt", tmp_path / "w.pt")
+    command = ["--init", tmp_path / "w.pt", "--preset", "shapes", "--batch", 8, "--save-every", 1, "--out"]
+    start(*command, tmp_path / "r", "--steps", 1)
+    output = capsys.readouterr()
+    assert "has no discriminator: D starts from random weights" in output.err and "--g-lr 0" in output.err
+    assert "all weights of G;" in output.out
+    (tmp_path / "w.pt").unlink()
+    start(*command, tmp_path / "r", "--steps", 2)
+    assert "continuing" in capsys.readouterr().out and weights_of(tmp_path / "r", 2)["model"]["ch"] == 32
+
+
+def test_published_weights_of_both_kinds_can_be_trained_on(deep_file, port_folder, capsys):
+    for weights, described in (deep_file, "all weights of G, but"), (port_folder, "all weights of G and D, but"):
+        s = train.parse_settings(["--init", str(weights), "--data", "x", "--batch", "2", "--precision", "fp32"])
+        config, found = train.first_weights(s)
+        t = train.Trainer(s, dataclasses.replace(config, n_classes=2), torch.device("cpu"))
+        t.start_from(found, ["2", "cat"])
+        assert described in capsys.readouterr().out and s.ema_start == 0
+        assert torch.equal(t.G.blocks[2].conv2.weight, found.G_ema["blocks.2.conv2.weight"])
+        assert torch.equal(t.G.shared.weight[0], found.G_ema["shared.weight"][2]) and len(t.D.embed.weight) == 2
+        # What it draws is what the weights drew, but for the sigma of their publication.
+        z, G = torch.randn(1, config.z_dim), sample.read_generator(weights)
+        with torch.no_grad():
+            ours, theirs = t.G.eval()(z, torch.tensor([0])), G(z, torch.tensor([2]))
+        assert (ours - theirs).abs().mean() < 0.2 * theirs.std()
+        real = iter([(torch.zeros(2, 3, 128, 128), torch.tensor([0, 1]))] * 2)
+        assert all(value.isfinite() for value in map(torch.as_tensor, t.train_step(real).values()))
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--init", "shapes", "--ch", "8"], "--ch does not go with --init"),
+    (["--init", "shapes", "--model", "biggan32"], "--model does not go with --init"),
+    (["--init", "nothing"], "nothing does not exist"),
+])
+def test_wrong_weights_to_start_from_are_refused(tmp_path, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refused(monkeypatch, capsys, train, "--preset", "shapes", *arguments) and not listing(tmp_path)
+
+
 # ---------------------------------------------------------------- mistakes: one sentence, status 2, nothing written
 
 def refused(monkeypatch, capsys, module, *arguments):
@@ -1907,7 +2552,7 @@ def refused(monkeypatch, capsys, module, *arguments):
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         sample.run(module.main)
-    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning:")]
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("warning:", "fetching ", "there is no run in"))]
     assert stop.value.code == 2 and len(error) == 1 and error[0].startswith("error: "), error
     return error[0]
 
@@ -2011,7 +2656,15 @@ def test_a_folder_with_other_things_is_not_used_as_run_folder(tmp_path, monkeypa
     (["--out", "a.jpeg"], "must end in .png"),
     (["--weights", "nothing.pt"], "nothing.pt does not exist"),
     (["--weights", ""], "one of the values is empty"),
-    (["--n", "1001"], "10,000 images at most"),
+    (["--n", "14000"], "ask for 131,072 images at most"),
+    (["--trunc", "1", "2"], "--trunc takes several values for --sheet truncation only"),
+    (["--trunc", "2", "--trunc-kind", "scale"], "truncation 2 is above 1"),
+    (["--sheet", "interpolation", "--class", "star"], "give --class two of them, not 1"),
+    (["--sheet", "timelapse", "--weights", "shapes"], "holds no samples/step-*.png"),
+    (["--sheet", "truncations"], "invalid choice: 'truncations'"),
+    (["--npz", "5", "--sheet", "classes"], "--sheet and --npz exclude each other"),
+    (["--npz", "5", "--out", "a.png"], "must end in .npz"),
+    (["--npz", "100000000000"], "GB; make room or choose another --out"),
     (["--wieghts", "x"], "did you mean --weights?"),
 ])
 def test_a_wrong_request_for_samples_is_refused(tiny_run, tmp_path, monkeypatch, capsys, arguments, sentence):
@@ -2020,9 +2673,7 @@ def test_a_wrong_request_for_samples_is_refused(tiny_run, tmp_path, monkeypatch,
     assert sentence in refused(monkeypatch, capsys, sample, *given, *arguments) and not listing(tmp_path)
 
 
-def test_without_any_run_sample_says_how_to_get_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert "python train.py --preset shapes" in refused(monkeypatch, capsys, sample)
+def test_a_folder_without_weights_is_refused(tmp_path, monkeypatch, capsys):
     assert "not a run folder" in refused(monkeypatch, capsys, sample, "--weights", tmp_path)
 
 
@@ -2044,7 +2695,7 @@ def edited(checkpoint, change):
     (lambda c, p: (torch.save(c, p), os.truncate(p, p.stat().st_size // 2)), "not a checkpoint, or it is cut short"),
     (lambda c, p: torch.save({**c, "extra": Trap()}, p), "could run code"),
     (lambda c, p: zipfile.ZipFile(p, "w").close(), "a zip archive but not a checkpoint"),
-    (lambda c, p: torch.save([1, 2], p), "not a checkpoint of train.py"),
+    (lambda c, p: torch.save({"G_ema": 1}, p), "holds no weights"),
     (lambda c, p: torch.save(edited(c, lambda c: c["G_ema"].pop("linear.bias")), p), "Missing key.*linear.bias"),
     (lambda c, p: torch.save(edited(c, lambda c: c["model"].update(ch=16)), p), "size mismatch"),
     (lambda c, p: torch.save(edited(c, lambda c: c["model"].update(colour="red")), p), "colour"),
@@ -2100,13 +2751,13 @@ def check_the_demos_samples_are_the_shapes_that_were_asked_for():
     labels = torch.arange(n) % 10
     real = metrics.load_images("shapes", 32, n, seed=0)
     G = sample.load_generator(HERE / "runs/shapes")
-    fake = sample.draw(G, labels.tolist(), range(n))
+    fake = sample.draw_seeds(G, labels.tolist(), range(n))
     untrained = standing_statistics(Generator(G.config), batches=16)
     with torch.no_grad():
         correct = {name: (judge(to_input(images)).argmax(1) == labels).double() for name, images in (("real", real), ("fake", fake))}
     agreement = {name: c.mean().item() for name, c in correct.items()}
     distance = {name: np.mean(list(metrics.pyramid_distances(real, images).values())) for name, images in
-                (("fake", fake), ("untrained", sample.draw(untrained, labels.tolist(), range(n))),
+                (("fake", fake), ("untrained", sample.draw_seeds(untrained, labels.tolist(), range(n))),
                  ("real", metrics.load_images("shapes", 32, n, seed=1)))}
     (real_mean, real_spread), (fake_mean, fake_spread) = metrics.mean_colours(real), metrics.mean_colours(fake)
     print(f"\nagreement: drawn shapes {agreement['real']:.1%}, samples {agreement['fake']:.1%}; per class "
@@ -2117,6 +2768,60 @@ def check_the_demos_samples_are_the_shapes_that_were_asked_for():
     assert agreement["real"] > 0.99 and agreement["fake"] >= 0.9
     assert distance["fake"] < distance["untrained"] / 3
     assert np.abs(fake_mean / real_mean - 1).max() < 0.25 and np.abs(fake_spread / real_spread - 1).max() < 0.25
+
+
+# ---------------------------------------------------------------- beside others, by `make peers`
+
+def published_package(resolution):
+    """The PyPI package's model with random weights and statistics, its power iterations converged as training leaves them."""
+    from pytorch_pretrained_biggan import BigGAN, BigGANConfig
+    channels = {128: (16, 16, 8, 4, 2, 1), 256: (16, 16, 8, 8, 4, 2, 1), 512: (16, 16, 8, 8, 4, 2, 1, 1)}[resolution]
+    layers = [layer for a, b in itertools.pairwise(channels) for layer in ((False, a, a), (True, a, b))]
+    model = BigGAN(BigGANConfig(output_dim=resolution, layers=layers)).eval().requires_grad_(False)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("vars"):
+            tensor.uniform_(0.5, 2)
+        elif name.endswith(("means", "bias", "gamma")):
+            tensor.normal_(0, 0.3)
+        elif name.endswith("weight_u"):
+            W = model.state_dict()[name[:-1] + "orig"].flatten(1)
+            u, v = power_iteration(W, tensor, steps=5)[1:]
+            tensor.copy_(u), model.state_dict()[name[:-1] + "v"].copy_(v)
+    model.generator.bn.weight.normal_(1, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("resolution", [128, 256, 512])
+def peer_the_published_package_draws_the_same_images(tmp_path, resolution):
+    package = published_package(resolution)
+    torch.save(package.state_dict(), tmp_path / "w.bin", _use_new_zipfile_serialization=False)
+    y = torch.tensor([207, 0][:1 if resolution == 512 else 2])
+    for truncation in 0.4, 1.0:
+        G = sample.load_generator(tmp_path / "w.bin", truncation)
+        z = G.noise((len(y), 128))
+        with torch.no_grad():
+            ours, theirs = G(z, y), package(z, F.one_hot(y, 1000).float(), truncation)
+        print(f"\n{resolution}, truncation {truncation}: differ by {(ours - theirs).abs().max():.1e} at most, deviation {theirs.std():.2f}")
+        assert theirs.std() > 0.05 and (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def peer_images_per_second(tmp_path, batch):
+    """biggan-deep-128 on this machine, the two in turn; the median of five rounds each."""
+    package = published_package(128)
+    torch.save(package.state_dict(), tmp_path / "w.bin")
+    G, y = sample.load_generator(tmp_path / "w.bin", 0.4), torch.arange(batch)
+    z, times = G.noise((batch, 128)), {"here": [], "package": []}
+    with torch.no_grad():
+        for _ in range(6):
+            for name, work in ("here", lambda: G(z, y)), ("package", lambda: package(z, F.one_hot(y, 1000).float(), 0.4)):
+                started = time.perf_counter()
+                for _ in range(max(1, 8 // batch)):
+                    work()
+                times[name].append((time.perf_counter() - started) / max(1, 8 // batch))
+    here, there = (np.median(times[name][1:]) for name in ("here", "package"))
+    print(f"\nbatch {batch}: {batch / here:.2f} images per second, the package {batch / there:.2f}: {there / here:.2f} times")
+    assert there / here > 2
 
 
 # ---------------------------------------------------------------- long trials, by `make trial`

@@ -5,6 +5,7 @@
     python train.py --preset cifar10 --data my_images      a folder with one sub-folder of images per class
     torchrun --nproc_per_node=8 train.py --data imagenet/train      the paper's ImageNet run at 128x128, on eight GPUs
     python train.py --data imagenet/train --pack imagenet128        decode all images once; then --data imagenet128
+    python train.py --init runs/cifar10 --data my_images --out runs/mine --batch 64      start from weights that exist
 
 Under torchrun the processes share each batch, and batch norm sees all of it: a run means the same on any number of them.
 The same command again continues where the run stopped, also after a kill. A run is a folder:
@@ -22,7 +23,6 @@ import ctypes
 import dataclasses
 import fcntl
 import hashlib
-import http.client
 import json
 import math
 import os
@@ -33,7 +33,6 @@ import signal
 import sys
 import tarfile
 import time
-import urllib.request
 import warnings
 import zlib
 from contextlib import contextmanager, nullcontext
@@ -46,12 +45,12 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 from torch.distributed.rendezvous import rendezvous
 
-from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, clamp_sigma, gradient_penalty, matrix_layers,
-                    orthogonal_regularisation, processes, r1_penalty, rank, sigma_pull, singular_values, standing_statistics,
-                    truncated_normal)
+from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, clamp_sigma, fold_spectral_norm, gradient_penalty,
+                    matrix_layers, orthogonal_regularisation, power_iteration, processes, r1_penalty, rank, sigma_pull, singular_values,
+                    standing_statistics, truncated_normal)
 from metrics import Monitor, pyramid_distances, spread_within
-from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw, file_trouble, image_grid, newest_checkpoint,
-                    pick_device, read_checkpoint, run, save_atomically, tell, warn)
+from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw_seeds, fetch, file_trouble, image_grid,
+                    newest_checkpoint, pick_device, read_checkpoint, read_weights, run, save_atomically, tell, warn)
 
 
 # ---------------------------------------------------------------- settings
@@ -67,6 +66,8 @@ class Settings:
     data: str = option(None, "folder with one sub-folder of images per class, or one that --pack wrote, or 'shapes'")
     pack: str = option(None, "do not train: decode all images of --data once, at the model's resolution, into this folder")
     out: str = option(None, "run folder (default: runs/PRESET)")
+    init: str = option(None, "start from these weights, which also decide the architecture, instead of random ones: whatever sample.py "
+                             "takes for --weights; classes are matched by name")
     model: str = option("biggan128", f"architecture, one of {', '.join(MODELS)}")
     ch: int = option(None, "width: the number all channel counts are multiples of (default: the model's, 96 for biggan128)")
     shared_dim: int = option(None, "length of the class vector all layers of G share; 0: a class table in each (default: the model's)")
@@ -160,9 +161,14 @@ def parse_settings(arguments):
     s = Settings(**{**PRESETS[preset], **typed})
     if "data" in typed or s.loss == "wgan-gp":
         s.held_out = typed.get("held_out")                          # the preset's belongs to its own data
-    for name in "ch", "shared_dim":
-        if getattr(s, name) is None:
-            setattr(s, name, getattr(MODELS[s.model], name))
+    if s.init:
+        for name in {"model", "ch", "shared_dim"} & typed.keys():
+            parser.error(f"--{name.replace('_', '-')} does not go with --init, whose weights decide the architecture; leave it out")
+        s.model, s.ch, s.shared_dim = None, None, None
+        s.ema_start = typed.get("ema_start", 0)                     # no random first weights linger
+    else:
+        s.ch, s.shared_dim = (getattr(MODELS[s.model], name) if value is None else value
+                              for name, value in (("ch", s.ch), ("shared_dim", s.shared_dim)))
     for name in ("ch", "steps", "batch", "micro_batch", "d_steps", "log_every", "sample_every", "save_every", "eval_every", "keep",
                  "keep_every"):
         if getattr(s, name) is not None and getattr(s, name) < 1:
@@ -182,10 +188,10 @@ def parse_settings(arguments):
     if s.flip not in (0, 1):
         parser.error(f"--flip must be 0 or 1, not {s.flip}")
     try:
-        model = model_config(s, n_classes=1)
+        model = None if s.init else model_config(s)
     except ValueError as error:
         parser.error(f"--shared-dim {s.shared_dim} does not go with --model {s.model}: {error}; sagan128 and sngan128 are made for it")
-    if s.ch % 8 and (model.g_attention or model.d_attention):
+    if model and s.ch % 8 and (model.g_attention or model.d_attention):
         parser.error(f"--ch must be a multiple of 8, not {s.ch}: attention works with an eighth of the channels")
     if "gp" in typed and s.loss != "wgan-gp":
         parser.error(f"--gp belongs to --loss wgan-gp, not to {s.loss}")
@@ -208,9 +214,21 @@ def parse_settings(arguments):
     return s
 
 
-def model_config(s, n_classes):
+def model_config(s, n_classes=1):
     """The architecture that the settings ask for. Raises ValueError if they contradict each other."""
     return dataclasses.replace(MODELS[s.model], ch=s.ch, shared_dim=s.shared_dim, n_classes=n_classes)
+
+
+def first_weights(s):
+    """With --init: the architecture and the weights, or None in their place if the run has checkpoints of its own by now."""
+    if checkpoints_of(s.out):
+        try:
+            before = json.loads(Path(s.out, "config.json").read_text())
+            return ModelConfig(**{f.name: before[f.name] for f in dataclasses.fields(ModelConfig)}), None
+        except (OSError, ValueError, KeyError, TypeError):          # open_run will say what is wrong with it
+            pass
+    weights = read_weights(s.init)
+    return weights.config, weights
 
 
 # ---------------------------------------------------------------- data
@@ -498,10 +516,9 @@ def fetch_cifar10(folder=Path("data"), url=CIFAR10_URL, md5=CIFAR10_MD5):
     if not archive.exists():
         say(f"fetching {url}, 170 MB")
         try:
-            with urllib.request.urlopen(url, timeout=60) as source:
-                save_atomically(archive, lambda f: shutil.copyfileobj(source, f))
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(f"{url} could not be fetched ({getattr(error, 'reason', error)}); "
+            fetch(url, archive)
+        except OSError as error:
+            raise UserError(f"{url} could not be fetched ({error}); "
                             f"fetch it on another machine, put it at {archive}, and repeat the command") from None
     with open(archive, "rb") as f:
         if (found := hashlib.file_digest(f, "md5").hexdigest()) != md5:
@@ -721,6 +738,22 @@ class Trainer:
             f"{f', {processes()} processes' if processes() > 1 else ''}; "
             f"G {sum(p.numel() for p in self.G.parameters()):,} and D {sum(p.numel() for p in self.D.parameters()):,} parameters")
 
+    def start_from(self, weights, classes):
+        """Take over weights that exist. Classes keep what they had under the same name; new ones are drawn at random, like the old ones."""
+        names = [weights.classes.index(name) if name in weights.classes else None for name in classes]
+        for network, state in (self.G, weights.G or weights.G_ema), (self.ema.model, weights.G_ema), (self.D, weights.D):
+            if state:
+                network.load_state_dict(match_classes(network, state, names, generator_for(self.s.seed, 1)))
+        new, left_out = ([name for name in ours if name not in theirs] for ours, theirs in
+                         ((classes, weights.classes), (weights.classes, classes)))
+        say(f"starting from {weights.source}: all weights of G{' and D' if weights.D else ''}"
+            + (f", but for the vectors of the classes {short(', '.join(left_out))}" if left_out else "")
+            + (f"; those of the new classes {short(', '.join(new))} start at random, with mean and variance of the old ones" if new else "")
+            + "; the optimisers start anew; all weights are trained")
+        if not weights.D and rank() == 0:
+            warn(f"{weights.source} has no discriminator: D starts from random weights, and what it teaches at first undoes some of what G "
+                 "knows; to spare G, train D alone for a while (--g-lr 0) and start from that run with --init")
+
     def noise(self, part):
         """z, y and mix (for `gradient_penalty`) of this process's rows, in micro-batches. Decided by the seed, the step and its part,
         and, since the same would lead to the same, by how often the run has been rolled back."""
@@ -900,6 +933,20 @@ class Trainer:
         self.step = state["step"]
 
 
+def match_classes(network, state, names, generator):
+    """Someone else's state of this network -> one for other classes. names: which of its classes each of ours was, or None for new ones."""
+    state, known = dict(state), [k for k in names if k is not None]
+    for name, table in network.named_modules():
+        if isinstance(table, torch.nn.Embedding):
+            old = state[f"{name}.weight"].float()
+            rows = old.mean(0) + old.std(0, correction=0) * torch.randn(len(names), old.shape[1], generator=generator)
+            rows[[k is not None for k in names]] = old[known]
+            state[f"{name}.weight"] = rows
+            if name == "embed":                                     # D's table has a spectral norm, whose u has a component per class
+                state["embed.u"] = power_iteration(rows, table.u.cpu().float(), steps=50)[1]
+    return state
+
+
 def out_of_memory(error):
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
@@ -1013,7 +1060,8 @@ def save_checkpoint(trainer, classes, s):
         save_atomically(path, lambda f: torch.save(content, f))
         for old in checkpoints_of(s.out)[:-s.keep]:
             if old != checkpoint_path(s, trainer.monitor.best) and int(old.stem[5:]) % s.keep_every:
-                old.unlink()
+                for file in old, *old.parent.glob(old.name + ".*.stats"):
+                    file.unlink()
         return True
     return False
 
@@ -1040,13 +1088,13 @@ def roll_back(trainer, classes, s):
 
 def averaged_generator(trainer):
     """The averaged G with batch norm statistics of its own, which all processes gather together."""
-    return standing_statistics(copy.deepcopy(trainer.ema.model).float(), STANDING_BATCHES)
+    return standing_statistics(fold_spectral_norm(copy.deepcopy(trainer.ema.model).float()), STANDING_BATCHES)
 
 
 def draw_together(G, labels, seeds):
-    """`draw`, every process its share. Returns all images in every process."""
+    """`draw_seeds`, every process its share. Returns all images in every process."""
     share = slice(rank(), None, processes())
-    images = draw(G, labels[share], seeds[share])
+    images = draw_seeds(G, labels[share], seeds[share])
     if processes() > 1:
         shares = [None] * processes()
         dist.all_gather_object(shares, images)
@@ -1094,7 +1142,8 @@ def main(arguments):
         keep_freed_memory()
     if s.precision == "auto":
         s.precision = "bf16" if has_bf16(device) else "fp32"
-    resolution = MODELS[s.model].resolution
+    config, initial = together(first_weights, s) if s.init else (model_config(s), None)
+    resolution = config.resolution
     if Path(s.data) == Path(PRESETS["cifar10"]["data"]) and (not Path(s.data).exists() or Path(s.data, "packed.json").exists()):
         together(fetch_cifar10, first_only=True)
     data = together(open_data, s.data, resolution)
@@ -1113,14 +1162,15 @@ def main(arguments):
         odd = sorted(set(held_out.classes) ^ set(data.classes))[0]
         raise UserError(f"the held-out images in {s.held_out} have other classes than {s.data}: only one of the two has {odd}; "
                         "--held-out needs the same sub-folders")
-    config = model_config(s, len(data.classes))
-    described = {**plain(config), **dataclasses.asdict(s), "images": len(data), "classes": data.classes}
+    config = dataclasses.replace(config, n_classes=len(data.classes))
+    described = {**dataclasses.asdict(s), **plain(config), "images": len(data), "classes": data.classes}
     path = together(open_run, s, described, first_only=True)
     try:
         trainer = Trainer(s, config, device)
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
-            fail(f"the networks of --model {s.model} --ch {s.ch} do not fit into memory; choose a smaller --ch or --model", 2)
+            fail(f"the networks of {s.init or f'--model {s.model} --ch {s.ch}'} do not fit into memory; choose "
+                 f"{'a smaller --init' if s.init else 'a smaller --ch or --model'}", 2)
         raise
     if path:
         checkpoint = together(read_checkpoint, path)
@@ -1130,6 +1180,9 @@ def main(arguments):
         trainer.load_state(checkpoint)
         del checkpoint                                              # which would stay in memory for weeks
         say(f"continuing {s.out} from step {trainer.step}")
+    elif initial:
+        trainer.start_from(initial, data.classes)
+    initial = None
     if trainer.step >= s.steps:
         say(f"{s.out} has {trainer.step} steps already; a larger --steps trains on, another --out starts anew")
     else:
