@@ -138,6 +138,8 @@ class SpectralNorm:
 
     eps=None switches it off (SN-GAN's generator): the weight stays as it is, and so does u."""
 
+    folded = False                                                  # see fold_spectral_norm
+
     def init_u(self, eps):
         self.eps = eps
         self.register_buffer("u", F.normalize(torch.randn(self.weight.shape[0]), dim=0))
@@ -166,7 +168,7 @@ def fold_spectral_norm(network, sigmas=None):
     sigmas: name of a layer -> its sigma, where they are known; else it is the one that the layer would use. Returns the network."""
     for name, layer in matrix_layers(network).items():
         layer.weight.copy_(layer.weight / sigmas[name] if sigmas else layer.normalized_weight())
-        layer.eps = None
+        layer.eps, layer.folded = None, True
     return network
 
 
@@ -176,6 +178,7 @@ class SNConv2d(SpectralNorm, nn.Conv2d):
     def __init__(self, in_channels, out_channels, kernel, eps, bias=True):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
         self.init_u(eps)
+        self.register_buffer("kernel", None, persistent=False)      # see upsample_conv3x3
 
     def forward(self, x):                                           # (N, in, H, W) -> (N, out, H, W)
         return F.conv2d(x, self.normalized_weight(), self.bias, padding=self.padding)
@@ -210,16 +213,20 @@ def four_shifted_copies(W):
     return sum(F.pad(W, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1))
 
 
-def upsample_conv3x3(x, W, bias):
-    """Nearest-neighbour doubling, then a 3x3 convolution. x (N, in, H, W) -> (N, out, 2H, 2W)."""
-    # A transposed convolution reads its kernel backwards and wants it as (in, out, 4, 4).
-    kernel = four_shifted_copies(W.flip(2, 3)).transpose(0, 1)
-    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
+def upsample_conv3x3(x, layer):
+    """Nearest-neighbour doubling, then a 3x3 convolution layer. x (N, in, H, W) -> (N, out, 2H, 2W)."""
+    kernel = layer.kernel
+    if kernel is None:
+        # A transposed convolution reads its kernel backwards and wants it as (in, out, 4, 4).
+        kernel = four_shifted_copies(layer.normalized_weight().flip(2, 3)).transpose(0, 1)
+    if layer.folded:                                                # for good: for one image it costs a third of the time
+        layer.kernel = kernel.contiguous(memory_format=torch.channels_last)
+    return F.conv_transpose2d(x, kernel, layer.bias, stride=2, padding=1)
 
 
-def conv3x3_downsample(x, W, bias):
-    """A 3x3 convolution, then 2x2 average pooling. x (N, in, H, W) -> (N, out, H/2, W/2)."""
-    return F.conv2d(x, four_shifted_copies(W) / 4, bias, stride=2, padding=1)
+def conv3x3_downsample(x, layer):
+    """A 3x3 convolution layer, then 2x2 average pooling. x (N, in, H, W) -> (N, out, H/2, W/2)."""
+    return F.conv2d(x, four_shifted_copies(layer.normalized_weight()) / 4, layer.bias, stride=2, padding=1)
 
 
 def upsample(x):                                                    # (N, C, H, W) -> (N, C, 2H, 2W)
@@ -304,7 +311,7 @@ class Norm(nn.Module):
             mean, var = self.running_mean, self.running_var
         scale = (gain * torch.rsqrt(var + self.eps)).to(x.dtype)    # (C,) or (N, C); rounded before the shift is made to fit it
         shift = bias - mean * scale
-        return x * per_channel(scale) + per_channel(shift).to(x.dtype)
+        return torch.addcmul(per_channel(shift).to(x.dtype), x, per_channel(scale))     # shift + x * scale, in one pass over x
 
 
 class BatchNorm(Norm):
@@ -358,13 +365,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):                                           # (N, C, H, W)
         N, C, H, W = x.shape
-        theta = self.theta(x).flatten(2)                            # (N, C/8, HW)
-        phi = F.max_pool2d(self.phi(x), 2).flatten(2)               # (N, C/8, HW/4)
-        g = F.max_pool2d(self.g(x), 2).flatten(2)                   # (N, C/2, HW/4)
-        scores = theta.transpose(1, 2) @ phi                        # (N, HW, HW/4): row = who asks, column = who answers
+        positions = lambda a: a.permute(0, 2, 3, 1).flatten(1, 2)   # (N, C, H, W) -> (N, HW, C)
+        theta = positions(self.theta(x))                            # (N, HW, C/8)
+        phi = positions(F.max_pool2d(self.phi(x), 2))               # (N, HW/4, C/8)
+        g = positions(F.max_pool2d(self.g(x), 2))                   # (N, HW/4, C/2)
+        scores = theta @ phi.mT                                     # (N, HW, HW/4): row = who asks, column = who answers
         weights = precise(scores).softmax(-1).to(g.dtype)           # (N, HW, HW/4), every row sums to 1
-        heard = (g @ weights.transpose(1, 2)).view(N, C // 2, H, W)
-        return x + self.gamma.to(x.dtype) * self.o(heard.contiguous(memory_format=torch.channels_last))
+        heard = (weights @ g).view(N, H, W, C // 2).permute(0, 3, 1, 2)     # (N, C/2, H, W)
+        return torch.addcmul(x, self.gamma.to(x.dtype), self.o(heard))
 
 
 # ---------------------------------------------------------------- the networks
@@ -383,10 +391,10 @@ class GBlock(nn.Module):
         self.conv_sc = SNConv2d(in_channels, out_channels, 1, config.g_sn_eps)      # sc: shortcut
 
     def forward(self, x, c):                                        # (N, in, H, W), (N, c_dim)
-        h = F.relu(self.bn1(x, c))                                  # (N, in, H, W)
-        h = upsample_conv3x3(h, self.conv1.normalized_weight(), self.conv1.bias)    # (N, out, 2H, 2W)
-        h = self.conv2(F.relu(self.bn2(h, c)))                      # (N, out, 2H, 2W)
-        return h + upsample(self.conv_sc(x))                        # (N, out, 2H, 2W)
+        h = self.bn1(x, c).relu_()                                  # (N, in, H, W); in place, since nobody else needs it
+        h = upsample_conv3x3(h, self.conv1)                         # (N, out, 2H, 2W)
+        h = self.conv2(self.bn2(h, c).relu_())                      # (N, out, 2H, 2W)
+        return h.add_(upsample(self.conv_sc(x)))                    # (N, out, 2H, 2W)
 
 
 class DeepGBlock(nn.Module):
@@ -407,16 +415,16 @@ class DeepGBlock(nn.Module):
         self.conv4 = SNConv2d(middle, out_channels, 1, config.g_sn_eps)
 
     def forward(self, x, c):                                        # (N, in, H, W), (N, c_dim)
-        h = self.conv1(F.relu(self.bn1(x, c)))                      # (N, in/4, H, W)
-        h = F.relu(self.bn2(h, c))                                  # (N, in/4, H, W)
+        h = self.conv1(self.bn1(x, c).relu_())                      # (N, in/4, H, W)
+        h = self.bn2(h, c).relu_()                                  # (N, in/4, H, W)
         x = x[:, :self.out_channels]                                # (N, out, H, W)
         if self.up:
-            h = upsample_conv3x3(h, self.conv2.normalized_weight(), self.conv2.bias)    # (N, in/4, 2H, 2W)
+            h = upsample_conv3x3(h, self.conv2)                     # (N, in/4, 2H, 2W)
             x = upsample(x)                                         # (N, out, 2H, 2W)
         else:
             h = self.conv2(h)
-        h = self.conv3(F.relu(self.bn3(h, c)))                      # (N, in/4, 2H, 2W)
-        return self.conv4(F.relu(self.bn4(h, c))) + x               # (N, out, 2H, 2W)
+        h = self.conv3(self.bn3(h, c).relu_())                      # (N, in/4, 2H, 2W)
+        return self.conv4(self.bn4(h, c).relu_()).add_(x)           # (N, out, 2H, 2W)
 
 
 class Generator(nn.Module):
@@ -470,7 +478,7 @@ class Generator(nn.Module):
             h = block(h, c)                                         # (N, g_channels ch, H, W): narrower and larger, up to R x R
             if i == self.attention_after:
                 h = self.attention(h)
-        h = F.relu(self.output_norm(h))                             # (N, last width, R, R)
+        h = self.output_norm(h).relu_()                             # (N, last width, R, R)
         h = F.conv2d(h, self.to_rgb.normalized_weight()[:3], self.to_rgb.bias[:3], padding=1)   # (N, 3, R, R)
         return torch.tanh(precise(h))                               # (N, 3, R, R) in [-1, 1]
 
@@ -493,7 +501,7 @@ class DBlock(nn.Module):
         h = F.relu(self.conv1(x if self.first else F.relu(x)))      # (N, middle, H, W)
         if not self.down:
             return self.conv2(h) + self.conv_sc(x)                  # (N, out, H, W)
-        h = conv3x3_downsample(h, self.conv2.normalized_weight(), self.conv2.bias)  # (N, out, H/2, W/2)
+        h = conv3x3_downsample(h, self.conv2)                       # (N, out, H/2, W/2)
         return h + self.conv_sc(F.avg_pool2d(x, 2))                 # (N, out, H/2, W/2)
 
 

@@ -23,6 +23,7 @@ classes, sheets, arrays for scores.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -163,6 +164,15 @@ def save_atomically(path, write):
         os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep_freed_memory():
+    """Have the C library keep the memory of freed tensors. By default it gives large blocks back to the system, which
+    clears every page of them before it hands them out again, at every step: training on a CPU is 10 to 25% faster without."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)                                              # M_MMAP_MAX: no block outside the heap
+        mallopt(-1, 2**31 - 1)                                      # M_TRIM_THRESHOLD: keep up to 2 GB of free heap
 
 
 def pick_device():
@@ -795,6 +805,7 @@ def main(arguments):
     out = check_output(args.out or usual[suffix], suffix)
     if args.trunc and len(args.trunc) > 1 and args.sheet != "truncation":
         parser.error("--trunc takes several values for --sheet truncation only")
+    keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False                         # an image must not depend on the batch that it is drawn in
 
     if args.sheet == "timelapse":
