@@ -251,7 +251,7 @@ class Weights:
     classes: list                                                   # their names
     step: int                                                       # how long it has been trained, if that is known
     G_ema: dict                                                     # the averaged generator: name -> tensor
-    G: dict = None                                                  # the one that was trained, and its D, where they are at hand
+    G: dict = None                                                  # to train on: the generator itself and its D, where they are at hand
     D: dict = None
     kind: str = "resample"                                          # what truncation means to them
     sigmas: dict = None                                             # of published deep weights: layer -> sigma
@@ -371,8 +371,8 @@ def rename(state, patterns):
     return renamed
 
 
-def from_deep(state, path):
-    """DeepMind's BigGAN-deep as converted by Hugging Face."""
+def from_deep(state, path, to_train):
+    """DeepMind's BigGAN-deep as converted by Hugging Face. There is no D."""
     state = rename(state, DEEP_NAMES)
     steps = len({name.split(".")[1] for name in state if name.startswith("blocks.")}) // 2
     classes, shared_dim = state["shared.weight"].shape[::-1]
@@ -392,11 +392,11 @@ def from_deep(state, path):
     return Weights(path, config, class_names(classes), None, state, kind="scale", sigmas=sigmas, moments=moments)
 
 
-def from_port(state, path):
-    """The paper's author's PyTorch code: G_ema.pth or G.pth, with the others of G_ema.pth, G.pth and D.pth if they lie beside it."""
+def from_port(state, path, to_train):
+    """The paper's author's PyTorch code: G_ema.pth or G.pth and, to train on, G.pth and D.pth beside it."""
+    states = [state, *(sibling(path, network) if to_train else {} for network in "GD")]
     G_ema, G, D = ({name: tensor.flatten() if name.endswith(".u") else tensor
-                    for name, tensor in rename(s, PORT_NAMES).items() if not name.endswith(".sv0")}
-                   for s in (state, *(sibling(path, network) for network in "GD")))
+                    for name, tensor in rename(s, PORT_NAMES).items() if not name.endswith(".sv0")} for s in states)
     blocks = len({name.split(".")[1] for name in G_ema if name.startswith("blocks.")})
     model, (classes, shared_dim) = MODELS[f"biggan{4 * 2**blocks}"], G_ema["shared.weight"].shape
     config = dataclasses.replace(model, ch=G_ema["to_rgb.weight"].shape[1] // model.g_channels[-1], n_classes=classes,
@@ -411,16 +411,17 @@ def sibling(path, network):
     return read_tensors(other) if other.is_file() and path.name.startswith("G") else {}
 
 
-def from_own(checkpoint, path):
+def from_own(checkpoint, path, to_train):
     classes, state = checkpoint["classes"], checkpoint["G_ema"]
     config = ModelConfig(**checkpoint["model"])
     if not isinstance(classes, list) or [type(name) for name in classes] != [str] * config.n_classes:
         raise UserError(f"{path} does not name its {config.n_classes} classes: the names are {str(classes)[:80]}")
     moments = {name: tensor[None] for name, tensor in state.items() if "running_" in name} if checkpoint.get("standing") else {}
-    return Weights(path, config, classes, checkpoint["step"], state, checkpoint.get("G"), checkpoint.get("D"), moments=moments)
+    G, D = (checkpoint.get(network) if to_train else None for network in "GD")
+    return Weights(path, config, classes, checkpoint["step"], state, G, D, moments=moments)
 
 
-def read_weights(weights=None):
+def read_weights(weights=None, to_train=False):
     """--weights, or None for the newest run -> Weights, all of them finite and of the right shape. Raises UserError for others."""
     content, path = find_weights(weights)
     origin = (from_own if is_own(content) else from_deep if isinstance(content, dict) and "embeddings.weight" in content else
@@ -428,7 +429,7 @@ def read_weights(weights=None):
     if not origin:
         raise UserError(f"{path} holds no weights: neither a checkpoint of train.py nor a generator of a published kind")
     try:
-        found = origin(content, path)
+        found = origin(content, path, to_train)
         for state, network in (found.G_ema, Generator), (found.G, Generator), (found.D, Discriminator):
             if state is not None:
                 with torch.device("meta"):                          # shapes without memory: nothing is allocated for a bad file
@@ -452,9 +453,12 @@ def read_generator(weights=None):
     with torch.device("meta"):
         G = Generator(found.config)
     G.load_state_dict(found.G_ema, assign=True)
-    G = fold_spectral_norm(G.requires_grad_(False).eval().float(), found.sigmas)
+    G.requires_grad_(False).eval().float()
+    G.fingerprint = 0                                               # tells these weights from others
+    for p in G.parameters():
+        G.fingerprint = zlib.crc32(p.contiguous().numpy(), G.fingerprint)
+    fold_spectral_norm(G, found.sigmas)
     G.classes, G.source, G.kind, G.moments = found.classes, str(found.source), found.kind, found.moments
-    G.fingerprint = zlib.crc32(b"".join(p.contiguous().numpy().tobytes() for p in G.parameters()))
     return G.to(pick_device(), memory_format=torch.channels_last)
 
 
@@ -468,7 +472,7 @@ def load_generator(weights=None, truncation=None, kind=None):
 # ---------------------------------------------------------------- batch norm's statistics
 
 STANDING_BATCHES = 16                                               # of 64 images, to gather batch norm statistics before drawing
-NOISE = {"resample": truncated_normal, "scale": scaled_normal}      # the two meanings of truncation
+KINDS = ["resample", "scale"]                                       # the two meanings of truncation
 
 
 def prepare(G, truncation=None, kind=None):
@@ -699,11 +703,8 @@ def write_npz(G, classes, n, seed, out):
     R, part = G.config.resolution, out.with_name(out.name + ".part")
     described = json.dumps({"weights": G.fingerprint, "classes": [*map(int, classes)], "n": n, "seed": seed,
                             "noise": G.noise.func.__name__, "truncation": said(G)})
-    if rank() == 0:
-        start_npz(out, part, described, n, R)
-    if processes() > 1:
-        dist.barrier()
-    if out.exists():
+    from train import together                                      # train.py has already imported this file
+    if together(start_npz, out, part, described, n, R, first_only=True):
         return tell(f"{out} is complete already") if rank() == 0 else None
     labels = np.resize(classes, n)
     images, done = (np.load(part / f"{name}.npy", mmap_mode="r+") for name in ("images", "done"))
@@ -731,7 +732,7 @@ def write_npz(G, classes, n, seed, out):
 
 
 def start_npz(out, part, described, n, R):
-    """Make the folder in which the array grows, or check that it is of the same images."""
+    """Make the folder in which the array grows, or check that it is of the same images. Returns whether all of it is done."""
     if out.exists():
         try:
             same = str(np.load(out)["arr_2"]) == described
@@ -739,7 +740,7 @@ def start_npz(out, part, described, n, R):
             same = False
         if not same:
             raise UserError(f"{out} exists and holds something else; move it away or choose another --out")
-        return
+        return True
     if (part / "settings.json").exists():
         if (part / "settings.json").read_text() != described:
             raise UserError(f"{part} holds the beginning of other images; delete it or choose another --out")
@@ -782,7 +783,7 @@ def main(arguments):
     parser.add_argument("--trunc", type=positive, nargs="+", metavar="T",
                         help="truncate the noise at T, such as 0.5; several for --sheet truncation (default: not truncated; "
                              "1 for published BigGAN-deep weights)")
-    parser.add_argument("--trunc-kind", choices=NOISE,
+    parser.add_argument("--trunc-kind", choices=KINDS,
                         help="what T means, see above: resample (the paper's) or scale (default: what it means to these weights)")
     parser.add_argument("--n", type=at_least_one, default=8, help="images per class (default: 8)")
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the first image of every class (default: 0)")
@@ -814,7 +815,7 @@ def main(arguments):
         frames = timelapse(args.weights, out)
         return print(f"{len(frames)} grids of {args.weights} in {out}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from train import join_processes                            # which has already imported this file
+        from train import join_processes
         if not args.npz:
             parser.error("several processes can only share --npz; run this without torchrun")
         join_processes()
@@ -826,7 +827,8 @@ def main(arguments):
     classes = class_indices(args.classes, G.classes) if args.classes else [*everything]
     if args.npz:
         prepare(G, *(args.trunc or [None]), args.trunc_kind)
-        return write_npz(G, class_indices(args.classes or ["all"], G.classes), args.npz, args.seed, out)
+        write_npz(G, class_indices(args.classes or ["all"], G.classes), args.npz, args.seed, out)
+        return dist.destroy_process_group() if processes() > 1 else None
     widest = {"resample": [2, 1.5, 1, 0.5, 0.04], "scale": [1, 0.8, 0.6, 0.4, 0.04]}[args.trunc_kind or G.kind]
     truncations = args.trunc or (widest if args.sheet == "truncation" else [None])
     limit = 2**27 // G.config.resolution**2

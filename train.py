@@ -226,7 +226,7 @@ def first_weights(s):
             return ModelConfig(**{f.name: before[f.name] for f in dataclasses.fields(ModelConfig)}), None
         except (OSError, ValueError, KeyError, TypeError):          # open_run will say what is wrong with it
             pass
-    weights = read_weights(s.init)
+    weights = read_weights(s.init, to_train=True)
     return weights.config, weights
 
 
