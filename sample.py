@@ -588,14 +588,14 @@ def class_indices(wanted, classes):
     called = lambda text: [k for k, names in enumerate(words) if text.lower() in map(str.lower, names)]
     if len(wanted) > 1 and len(whole := called(" ".join(wanted))) == 1:     # golden retriever, typed without quotes
         return whole
-    indices = []
+    indices, elsewhere = [], "" if len(classes) == 1000 else "; for ImageNet's classes: --weights biggan-deep-256"
     for text in wanted:
         found = called(text)
         if text.lower() == "all":
             found, indices = [], indices + [*range(len(classes))]
         elif not found and re.fullmatch("-?[0-9]+", text):
             if not 0 <= int(text) < len(classes):
-                raise UserError(f"there is no class {text}; this model has classes 0 to {len(classes) - 1}")
+                raise UserError(f"there is no class {text}; this model has classes 0 to {len(classes) - 1}{elsewhere}")
             found = [int(text)]
         elif not found:
             found = [k for k, names in enumerate(words) if re.search(rf"\b{re.escape(text)}\b", ", ".join(names), re.I)]
@@ -604,7 +604,7 @@ def class_indices(wanted, classes):
                 near = [known[name] for name in difflib.get_close_matches(text.lower(), known, 3)]
                 raise UserError(f"there is no class named {text}; " + ("did you mean " if near else "this model knows ")
                                 + ", ".join(near or [names[-1] for names in words[:10]])
-                                + ("?" if near else ", ..." if len(classes) > 10 else ""))
+                                + ("?" if near else ", ..." if len(classes) > 10 else "") + elsewhere)
         if len(found) > 1:
             candidates = ", ".join(class_title(classes, k) for k in found[:20]) + (", ..." if len(found) > 20 else "")
             raise UserError(f"{text} could be {candidates}; type the number")
@@ -687,7 +687,7 @@ def timelapse(run, out):
         frames.append(frame)
     if not frames:
         raise UserError(f"{run} holds no samples/step-*.png; --weights needs a run folder for a time-lapse")
-    how = {"save_all": True, "append_images": frames[1:], "duration": [400] * (len(frames) - 1) + [3000], "loop": 0}
+    how = {"save_all": True, "append_images": frames[1:], "duration": [400] * (len(frames) - 1) + [3000], "loop": 0, "quality": 60}
     save_atomically(out, lambda f: frames[0].save(f, out.suffix[1:], **how))
     return frames
 
@@ -794,15 +794,15 @@ def main(arguments):
                         help="instead of a picture, N images of the classes in turn as an array for scores")
     parser.add_argument("--export", action="store_true", help="instead of a picture, the generator alone as a small file: half precision, "
                                                               "with batch norm statistics of untruncated noise")
-    parser.add_argument("--out", metavar="FILE", help="(default: sample.png, timelapse.gif, sample.npz or generator.pt)")
+    parser.add_argument("--out", metavar="FILE", help="(default: sample.png, timelapse.webp, sample.npz or generator.pt)")
     args = parser.parse_args(arguments)
     modes = [name for name in ("sheet", "npz", "export") if getattr(args, name)]
     if len(modes) > 1:
         parser.error(f"--{modes[0]} and --{modes[1]} exclude each other; run the command twice")
     suffix = ".npz" if args.npz else ".pt" if args.export else ".png"
     if args.sheet == "timelapse":
-        suffix = Path(args.out).suffix.lower() if args.out and Path(args.out).suffix.lower() in (".webp", ".png") else ".gif"
-    usual = {".png": "sample.png", ".npz": "sample.npz", ".pt": "generator.pt", ".gif": "timelapse.gif"}
+        suffix = Path(args.out).suffix.lower() if args.out and Path(args.out).suffix.lower() in (".gif", ".png") else ".webp"
+    usual = {".png": "sample.png", ".npz": "sample.npz", ".pt": "generator.pt", ".webp": "timelapse.webp"}
     out = check_output(args.out or usual[suffix], suffix)
     if args.trunc and len(args.trunc) > 1 and args.sheet != "truncation":
         parser.error("--trunc takes several values for --sheet truncation only")

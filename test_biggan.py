@@ -1900,6 +1900,11 @@ def test_metrics_scores_a_run_at_every_level(tiny_run, tmp_path):
     start("--weights", tiny_run, "--data", "shapes", "--n", 50, "--out", tmp_path / "m.json", module=metrics)
     result = json.loads((tmp_path / "m.json").read_text())
     assert set(result["swd_x1000"]) == {"32", "16"} and result["n"] == 50 and result["swd_x1000_mean"] > 0
+    start("--weights", tiny_run, "--data", "shapes", "--n", 50, "--trunc", 0.1, "--out", tmp_path / "t.json", module=metrics)
+    truncated = json.loads((tmp_path / "t.json").read_text())
+    G = sample.load_generator(tiny_run, 0.1)
+    fake = sample.draw_seeds(G, [k % 10 for k in range(50)], range(50), G.noise)
+    assert truncated["truncation"] == 0.1 and truncated["fake_colour"]["mean"] == metrics.mean_colours(fake)[0].round(1).tolist()
     for i in range(3):
         picture(tmp_path / "images", f"{i}.png", size=(45, 37), colour=(i, i, 200))
     start("--fake", tmp_path / "images", "--real", tmp_path / "images", "--n", 3, "--out", tmp_path / "n.json", module=metrics)
@@ -2258,6 +2263,7 @@ def test_folding_spectral_norm_changes_the_weights_and_not_the_images():
     folded = biggan.fold_spectral_norm(copy.deepcopy(G))
     close(folded(z, y), images, atol=1e-6)
     assert not torch.equal(folded.linear.weight, G.linear.weight)
+    assert folded.linear.normalized_weight() is folded.linear.weight    # nothing is left to do
     W = G.linear.weight.clone()
     biggan.fold_spectral_norm(G, {name: torch.tensor(2.0) for name in biggan.matrix_layers(G)})
     assert torch.equal(G.linear.weight, W / 2)
@@ -2279,8 +2285,9 @@ def test_statistics_belong_to_the_truncation_and_are_kept_beside_the_weights(tin
     assert_same(one.state_dict(), expected.state_dict())
     # Kept ones are used; those of other weights, damaged ones, and those that are not finite are not.
     content = torch.load(kept)
-    for change, used in ((lambda m: m.update(moments={n: 2 * a for n, a in m["moments"].items()}), True),
-                         (lambda m: m.update(weights=1), False),
+    double = {name: 2 * tensor for name, tensor in content["moments"].items()}
+    for change, used in ((lambda m: m.update(moments=double), True),
+                         (lambda m: m.update(moments=double, weights=1), False),
                          (lambda m: m.update(moments={n: a / 0 for n, a in m["moments"].items()}), False),
                          (lambda m: m.update(moments={n: a[:3] for n, a in m["moments"].items()}), False)):
         changed = dict(content)
