@@ -2,7 +2,7 @@
 # make test    the tests (4 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (2 minutes)
 # make trial   thirty kills, a collapse and a full disk (5 minutes, as root)
-# make peers   images and speed beside the PyPI package pytorch-pretrained-biggan, which it installs (2 minutes)
+# make peers   images and speed beside the PyPI package pytorch-pretrained-biggan, which it installs (5 minutes)
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 
 PYTHON ?= python3

@@ -167,8 +167,8 @@ def save_atomically(path, write):
 
 
 def keep_freed_memory():
-    """Have the C library keep the memory of freed tensors. By default it gives large blocks back to the system, which
-    clears every page of them before it hands them out again, at every step: training on a CPU is 10 to 25% faster without."""
+    """Have the C library keep the memory of freed tensors. By default it gives large blocks back to the system, which clears every
+    page of them before it hands them out again: without that, on a CPU, training is 10 to 25% faster and drawing up to twice as fast."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)                                              # M_MMAP_MAX: no block outside the heap
@@ -449,6 +449,7 @@ def read_generator(weights=None):
     """The averaged generator of these weights, on the GPU if there is one, ready to be fitted to its noise by `prepare`.
 
     It has G.classes (names), G.source (path), G.kind (what truncation means to it) and G.moments (published batch norm statistics)."""
+    keep_freed_memory()
     found = read_weights(weights)
     with torch.device("meta"):
         G = Generator(found.config)
@@ -806,7 +807,6 @@ def main(arguments):
     out = check_output(args.out or usual[suffix], suffix)
     if args.trunc and len(args.trunc) > 1 and args.sheet != "truncation":
         parser.error("--trunc takes several values for --sheet truncation only")
-    keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False                         # an image must not depend on the batch that it is drawn in
 
     if args.sheet == "timelapse":
