@@ -764,10 +764,10 @@ def zip_arrays(f, paths):
 
 def export(weights, out):
     """The averaged generator alone, for others to draw with: matrices in half precision, statistics of untruncated noise."""
-    found, G = read_weights(weights), load_generator(weights)
+    found = read_weights(weights)
     if found.kind != "resample":
         raise UserError(f"{found.source} is a generator alone already; copy the file")
-    moments = {name: tensor.cpu() for name, tensor in G.state_dict().items() if "running_" in name}
+    moments = {name: tensor.cpu() for name, tensor in load_generator(weights).state_dict().items() if "running_" in name}
     state = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in {**found.G_ema, **moments}.items()}
     content = {"step": found.step, "model": dataclasses.asdict(found.config), "classes": found.classes, "G_ema": state, "standing": True}
     save_atomically(out, lambda f: torch.save(content, f))
@@ -786,7 +786,7 @@ def main(arguments):
                              "1 for published BigGAN-deep weights)")
     parser.add_argument("--trunc-kind", choices=KINDS,
                         help="what T means, see above: resample (the paper's) or scale (default: what it means to these weights)")
-    parser.add_argument("--n", type=at_least_one, default=8, help="images per class (default: 8)")
+    parser.add_argument("--n", type=at_least_one, help="images per class (default: 8)")
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of the first image of every class (default: 0)")
     parser.add_argument("--sheet", choices=[*SHEETS, "timelapse"],
                         help="a picture with labels: classes x seeds; one class at several truncations; from one class and noise to "
@@ -800,6 +800,12 @@ def main(arguments):
     modes = [name for name in ("sheet", "npz", "export") if getattr(args, name)]
     if len(modes) > 1:
         parser.error(f"--{modes[0]} and --{modes[1]} exclude each other; run the command twice")
+    if args.npz and args.n:
+        parser.error(f"--npz {args.npz} already says how many images; leave out --n")
+    for name, value in ("class", args.classes), ("trunc", args.trunc), ("trunc-kind", args.trunc_kind), ("n", args.n):
+        if value and (args.export or args.sheet == "timelapse"):
+            parser.error(f"--{name} has no meaning for {'--export' if args.export else '--sheet timelapse'}; leave it out")
+    args.n = args.n or 8
     suffix = ".npz" if args.npz else ".pt" if args.export else ".png"
     if args.sheet == "timelapse":
         suffix = Path(args.out).suffix.lower() if args.out and Path(args.out).suffix.lower() in (".gif", ".png") else ".webp"

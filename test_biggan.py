@@ -2684,6 +2684,8 @@ def test_a_folder_with_other_things_is_not_used_as_run_folder(tmp_path, monkeypa
     (["--sheet", "truncations"], "invalid choice: 'truncations'"),
     (["--npz", "5", "--sheet", "classes"], "--sheet and --npz exclude each other"),
     (["--npz", "5", "--out", "a.png"], "must end in .npz"),
+    (["--npz", "5", "--n", "3"], "--npz 5 already says how many images"),
+    (["--export", "--trunc", "0.5"], "--trunc has no meaning for --export"),
     (["--npz", "100000000000"], "GB; make room or choose another --out"),
     (["--wieghts", "x"], "did you mean --weights?"),
 ])
