@@ -214,7 +214,7 @@ def find_images(source):
     """All image files in a folder and the folders below it, in sorted order."""
     from train import is_image
     if not Path(source).is_dir():
-        raise UserError(f"the image folder {source} does not exist or is a file")
+        raise UserError(f"{source} is not a folder of images, nor an array FILE.npz; name another")
     paths = sorted(Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names if is_image(name))
     if not paths:
         raise UserError(f"{source} holds no images")
@@ -260,11 +260,13 @@ def open_npz(path):
         with np.load(path) as arrays:
             images = arrays[arrays.files[0]]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-            raise ValueError(f"its first array is {images.dtype} of shape {images.shape}, not (n, R, R, 3) of uint8")
-    except OSError:
+            raise UserError(f"{path} holds {images.dtype} of shape {images.shape}, not (n, R, R, 3) uint8; name another")
+    except FileNotFoundError:
+        raise UserError(f"the array {path} does not exist; draw it with sample.py --npz, or name another") from None
+    except UserError:
         raise
-    except Exception as error:                                      # numpy and zipfile raise what their parsers do
-        raise UserError(f"{path} is not an array of images: {error}") from None
+    except Exception:                                               # numpy and zipfile raise what their parsers do
+        raise UserError(f"{path} is not an array of images as sample.py --npz writes it; name another") from None
     return images
 
 
@@ -320,7 +322,7 @@ def main(arguments):
 
     distances = pyramid_distances(real, fake)
     result = {"fake": source, "real": args.data, "n": args.n, "resolution": resolution, "seed": args.seed,
-              "truncation": args.trunc,
+              "truncation": args.trunc, "noise": None if args.fake else G.noise_said,
               "swd_x1000": {str(side): round(1000 * d, 2) for side, d in distances.items()},
               "swd_x1000_mean": round(1000 * sum(distances.values()) / len(distances), 2)}
     for name, images in ("real", real), ("fake", fake):

@@ -40,7 +40,7 @@ import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +48,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
-from biggan import (MODELS, Discriminator, Generator, ModelConfig, fold_spectral_norm, processes, rank, scaled_normal, standing_statistics,
-                    truncated_normal)
+from biggan import (MODELS, Discriminator, Generator, ModelConfig, fold_spectral_norm, matrix_layers, processes, rank, scaled_normal,
+                    standing_statistics, truncated_normal)
 
 
 # ---------------------------------------------------------------- errors and files
@@ -176,7 +176,10 @@ def keep_freed_memory():
 
 
 def pick_device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+PAUSE = 1.0                                                         # seconds before the second try, twice as long before the third, ...
 
 
 def fetch(url, path, size=None, tries=5):
@@ -185,13 +188,14 @@ def fetch(url, path, size=None, tries=5):
     size: the bytes it should have, give or take a hundredth. Raises UserError for another size, OSError where it cannot be had."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part, mark, reason = path.with_name(path.name + ".part"), None, "the connection was cut"
-    with open(part, "ab") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)                               # a second process waits here until the first one is done
+    lock = os.open(path.parent, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)                                # a second process waits here until the first one is done
+    try:
         if path.exists():
-            return part.unlink(missing_ok=True)
-        try:
-            f.truncate(0)
+            return
+        with open(part, "wb") as f:
             for attempt in range(tries):
+                time.sleep(PAUSE * attempt)
                 try:
                     # If-Range: the rest, unless the file has changed; then all of it.
                     rest = {"Range": f"bytes={f.tell()}-", "If-Range": mark} if mark and f.tell() else {}
@@ -199,31 +203,32 @@ def fetch(url, path, size=None, tries=5):
                         if answer.status != 206:
                             f.seek(0)
                             f.truncate()
-                        mark, total = answer.headers["ETag"], f.tell() + int(answer.headers["Content-Length"] or 0)
-                        if size and abs(total - size) > size / 100:
+                        mark, length = answer.headers["ETag"], answer.headers["Content-Length"]
+                        total = f.tell() + int(length) if length else None      # not every server says it
+                        if size and total and abs(total - size) > size / 100:
                             raise UserError(f"it sends {total:,} bytes, not {size:,}")
                         while block := answer.read(2**20):
                             f.write(block)
                             if sys.stderr.isatty():
-                                tell(f"\r{f.tell() / 1e6:.0f} of {total / 1e6:.0f} MB\033[K", end="", file=sys.stderr)
-                    if total and f.tell() == total:
+                                tell(f"\r{f.tell() / 1e6:.0f} MB of {(total or size or 0) / 1e6:.0f}\033[K", end="", file=sys.stderr)
+                    if f.tell() and total in (None, f.tell()):
                         f.flush()
                         os.fsync(f.fileno())
-                        os.replace(part, path)
-                        return
-                except (OSError, http.client.HTTPException) as error:
+                        return os.replace(part, path)
+                except (OSError, ValueError, http.client.HTTPException) as error:
                     reason = getattr(error, "reason", None) or error
-                    if isinstance(error, urllib.error.HTTPError):   # the server's word; asking again will not change it
+                    if isinstance(error, ValueError) or getattr(error, "code", 500) in (401, 403, 404, 410):    # it will say so again
                         break
-            raise OSError(str(reason))
-        finally:
-            part.unlink(missing_ok=True)
+        raise OSError(str(reason))
+    finally:
+        part.unlink(missing_ok=True)
+        os.close(lock)
 
 
 # ---------------------------------------------------------------- weights and their origins
 
 HERE = Path(__file__).resolve().parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "biggan")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "biggan")
 
 AMAZON = "https://s3.amazonaws.com/models.huggingface.co/biggan/"
 PUBLISHED = {  # name: where it may be had, and its size. DeepMind's generators, converted by Hugging Face
@@ -263,7 +268,7 @@ def read_tensors(path):
     path = Path(path)
     with open(path, "rb") as f:
         start = f.read(9)
-    if start.startswith(b"PK"):                                     # torch's format is a zip archive, with a checksum per entry
+    if zipped := start.startswith(b"PK"):                           # torch's format is a zip archive, with a checksum per entry
         try:
             with zipfile.ZipFile(path) as archive:
                 damaged, foreign = archive.testzip(), not any(name.endswith("data.pkl") for name in archive.namelist())
@@ -278,12 +283,13 @@ def read_tensors(path):
     elif start != b"\x80\x02\x8a\x0al\xfc\x9cF\xf9":                # and was, before 2020, something that begins like this
         raise UserError(f"{path} is not a checkpoint, or it is cut short; use another one")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)     # mmap: what is not used is not read
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds something other than tensors and plain values; "
                         "it was not loaded, since it could run code") from None
     except Exception as error:                                      # torch raises what its parsers do
-        raise UserError(f"{path} is not a checkpoint that torch can load: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200] or "it is cut short"
+        raise UserError(f"{path} is not a checkpoint that torch can load: {reason}; get the file again or use another one") from None
 
 
 def read_checkpoint(path):
@@ -346,10 +352,12 @@ def find_weights(weights):
 
 def fetch_weights(urls, size, path, name):
     """The first of these addresses that answers. Returns the path, where the file may lie already."""
+    if path.exists() and size and abs(path.stat().st_size - size) > size / 100:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, not {size:,}; delete it and repeat the command")
     if not path.exists():
         reasons = []
         for url in urls:
-            if rank() == 0:
+            if os.environ.get("RANK", "0") == "0":
                 tell(f"fetching {url}", file=sys.stderr)
             try:
                 fetch(url, path, size)
@@ -371,7 +379,7 @@ def rename(state, patterns):
     return renamed
 
 
-def from_deep(state, path, to_train):
+def from_deep(state, path):
     """DeepMind's BigGAN-deep as converted by Hugging Face. There is no D."""
     state = rename(state, DEEP_NAMES)
     steps = len({name.split(".")[1] for name in state if name.startswith("blocks.")}) // 2
@@ -392,7 +400,7 @@ def from_deep(state, path, to_train):
     return Weights(path, config, class_names(classes), None, state, kind="scale", sigmas=sigmas, moments=moments)
 
 
-def from_port(state, path, to_train):
+def from_port(state, path, to_train=False):
     """The paper's author's PyTorch code: G_ema.pth or G.pth and, to train on, G.pth and D.pth beside it."""
     states = [state, *(sibling(path, network) if to_train else {} for network in "GD")]
     G_ema, G, D = ({name: tensor.flatten() if name.endswith(".u") else tensor
@@ -411,7 +419,7 @@ def sibling(path, network):
     return read_tensors(other) if other.is_file() and path.name.startswith("G") else {}
 
 
-def from_own(checkpoint, path, to_train):
+def from_own(checkpoint, path, to_train=False):
     classes, state = checkpoint["classes"], checkpoint["G_ema"]
     config = ModelConfig(**checkpoint["model"])
     if not isinstance(classes, list) or [type(name) for name in classes] != [str] * config.n_classes:
@@ -429,19 +437,25 @@ def read_weights(weights=None, to_train=False):
     if not origin:
         raise UserError(f"{path} holds no weights: neither a checkpoint of train.py nor a generator of a published kind")
     try:
-        found = origin(content, path, to_train)
-        for state, network in (found.G_ema, Generator), (found.G, Generator), (found.D, Discriminator):
-            if state is not None:
-                with torch.device("meta"):                          # shapes without memory: nothing is allocated for a bad file
-                    network(found.config).load_state_dict(state, assign=True)
+        found = origin(content, path, to_train) if origin != from_deep else from_deep(content, path)
+        with torch.device("meta"):                                  # shapes without memory: nothing is allocated for a bad file
+            for state, kind in (found.G_ema, Generator), (found.G, Generator), (found.D, Discriminator):
+                if state is not None:
+                    network = kind(found.config)
+                    network.load_state_dict(state, assign=True)
+                    if found.sigmas and kind is Generator and found.sigmas.keys() != matrix_layers(network).keys():
+                        raise KeyError("a weight_v")
         for part in found.G_ema, found.G, found.D, found.moments, found.sigmas:
             for name, tensor in (part or {}).items():
                 if not tensor.is_floating_point() or not tensor.isfinite().all():
-                    raise UserError(f"{path} holds numbers that are not finite, in {name}; use an earlier checkpoint")
+                    raise UserError(f"{path} holds numbers that are not finite, in {name}; use an earlier checkpoint or get the file again")
+                if "running_var" in name and (tensor < 0).any():
+                    raise UserError(f"{path} holds negative variances, in {name}; use another one")
     except KeyError as error:
         raise UserError(f"the weights in {path} are not complete: {error} is missing; get the file again") from None
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        raise UserError(f"the weights in {path} do not fit its configuration: {str(error).splitlines()[-1].strip()[:300]}") from None
+        reason = str(error).splitlines()[-1].strip()[:300]
+        raise UserError(f"the weights in {path} do not fit its configuration: {reason}; get the file again or use another one") from None
     return found
 
 
@@ -483,30 +497,39 @@ def prepare(G, truncation=None, kind=None):
     kind = kind or G.kind
     if truncation is None:
         truncation = 1.0 if kind == "scale" else math.inf
-    if kind == "scale" and truncation > 1:
-        raise UserError(f"truncation {truncation:g} is above 1, the widest that scaled noise has; --trunc-kind resample takes any")
+    check_truncation(truncation, kind)
     G.noise = partial(truncated_normal, threshold=truncation) if kind == "resample" else partial(scaled_normal, scale=truncation)
+    G.noise_said = "not truncated" if truncation == math.inf else f"{'truncated at' if kind == 'resample' else 'scaled by'} {truncation:g}"
     if G.moments and kind == G.kind and (kind == "scale" or truncation == math.inf):
         moments = {name: interpolate(table, truncation) for name, table in G.moments.items()}
         G.load_state_dict(moments, strict=False)
         return G
-    cache = Path(f"{G.source}.{kind}-{truncation:g}.stats")
+    path = Path(f"{G.source}.{kind}-{truncation:g}.stats")
     try:
-        kept = read_tensors(cache)
+        kept = read_tensors(path)
         whole = all(tensor.isfinite().all() for tensor in kept["moments"].values())
         if whole and kept["weights"] == G.fingerprint and kept["batches"] == STANDING_BATCHES:
             G.load_state_dict({**G.state_dict(), **kept["moments"]})
             return G
     except (UserError, OSError, KeyError, TypeError, AttributeError, RuntimeError):
         pass                                                        # missing, damaged or of other weights: gathered anew
+    if os.environ.get("RANK", "0") == "0":
+        tell(f"gathering batch norm's statistics from 1,024 images, {G.noise_said}", file=sys.stderr)
     standing_statistics(G, STANDING_BATCHES, noise=G.noise)
     moments = {name: tensor.cpu() for name, tensor in G.state_dict().items() if "running_" in name}
-    if rank() == 0:
+    if os.environ.get("RANK", "0") == "0":
         try:
-            save_atomically(cache, lambda f: torch.save({"weights": G.fingerprint, "batches": STANDING_BATCHES, "moments": moments}, f))
+            save_atomically(path, lambda f: torch.save({"weights": G.fingerprint, "batches": STANDING_BATCHES, "moments": moments}, f))
         except (OSError, RuntimeError):
             pass                                                    # a folder of others, a full disk: next time they are gathered again
     return G
+
+
+def check_truncation(truncation, kind):
+    if kind not in KINDS:
+        raise UserError(f"there is no truncation of kind {kind}; there are {' and '.join(KINDS)}")
+    if kind == "scale" and truncation > 1:
+        raise UserError(f"truncation {truncation:g} is above 1, the widest that scaled noise has; --trunc-kind resample takes any")
 
 
 def interpolate(table, truncation):
@@ -561,6 +584,7 @@ def image_grid(images, columns, gap=2):
 
 # ---------------------------------------------------------------- classes
 
+@cache
 def imagenet_words():
     """WordNet's name of each ImageNet class -> its words, in the order of the indices."""
     lines = (HERE / "docs" / "imagenet.txt").read_text().splitlines()
@@ -633,18 +657,17 @@ def classes_sheet(G, classes, n, seed, truncations, kind):
     """A row per class, a column per seed."""
     prepare(G, *truncations, kind)
     images = draw_seeds(G, np.repeat(classes, n), [*range(seed, seed + n)] * len(classes), G.noise)
-    return labelled(images, n, [class_title(G.classes, k) for k in classes], f"seeds {seed} to {seed + n - 1}, {said(G)}")
+    return labelled(images, n, [class_title(G.classes, k) for k in classes], f"seeds {seed} to {seed + n - 1}, {G.noise_said}")
 
 
 def truncation_sheet(G, classes, n, seed, truncations, kind):
     """A row per truncation, the same seeds in each: from variety to typicality (figure 2)."""
-    rows = {}
+    drawn = []                                                      # for each truncation, for each class: n images
     for t in truncations:
         prepare(G, t, kind)
-        for k in classes:
-            rows[k, t] = draw_seeds(G, [k] * n, range(seed, seed + n), G.noise)
+        drawn.append(np.split(draw_seeds(G, np.repeat(classes, n), [*range(seed, seed + n)] * len(classes), G.noise), len(classes)))
     several = len(classes) > 1
-    return labelled(np.concatenate([rows[k, t] for k in classes for t in truncations]), n,
+    return labelled(np.concatenate([images for of_class in zip(*drawn) for images in of_class]), n,
                     [(f"{class_title(G.classes, k)}, " if several else "") + f"{t:g}" for k in classes for t in truncations],
                     f"truncation{'' if several else ' of ' + class_title(G.classes, classes[0])}, seeds {seed} to {seed + n - 1}")
 
@@ -666,12 +689,7 @@ def interpolation_sheet(G, classes, n, seed, truncations, kind):
     z = torch.cat([z, z_start.expand(n, -1), z])
     y = torch.cat([y_start.expand(n, -1), y, y])
     start, end = (class_title(G.classes, k) for k in classes)
-    return labelled(draw(G, z, y), n, ["noise", "class", "both"], f"from {start}, seed {seed}, to {end}, seed {seed + 1}; {said(G)}")
-
-
-def said(G):
-    value = [*G.noise.keywords.values()][0]
-    return "not truncated" if value == math.inf else f"truncated at {value:g}"
+    return labelled(draw(G, z, y), n, ["noise", "class", "both"], f"from {start}, seed {seed}, to {end}, seed {seed + 1}; {G.noise_said}")
 
 
 SHEETS = {"classes": classes_sheet, "truncation": truncation_sheet, "interpolation": interpolation_sheet}
@@ -679,11 +697,17 @@ SHEETS = {"classes": classes_sheet, "truncation": truncation_sheet, "interpolati
 
 def timelapse(run, out):
     """A run's sample grids, one after the other, as an animated picture."""
+    if not Path(run).is_dir():
+        raise UserError(f"there is no run folder {run}; train first, or name another")
     frames = []
-    for path in sorted(Path(run, "samples").glob("step-*.png")):
-        with Image.open(path) as grid:
-            frame = Image.new("RGB", (grid.width, grid.height + 18), "white")
-            frame.paste(grid, (0, 18))
+    for path in sorted(Path(run, "samples").glob("step-" + 8 * "[0-9]" + ".png")):
+        try:
+            grid = Image.open(path).convert("RGB")
+        except Exception as reason:                                 # Pillow raises whatever its decoders do
+            warn(f"skipped {path}: {reason}")
+            continue
+        frame = Image.new("RGB", (grid.width, grid.height + 18), "white")
+        frame.paste(grid, (0, 18))
         ImageDraw.Draw(frame).text((4, 9), f"step {int(path.stem[5:]):,}", "black", ImageFont.load_default(12), anchor="lm")
         frames.append(frame)
     if not frames:
@@ -703,13 +727,16 @@ def write_npz(G, classes, n, seed, out):
     They go to the disk as they are drawn. Killed, the same command continues; under torchrun all processes draw."""
     R, part = G.config.resolution, out.with_name(out.name + ".part")
     described = json.dumps({"weights": G.fingerprint, "classes": [*map(int, classes)], "n": n, "seed": seed,
-                            "noise": G.noise.func.__name__, "truncation": said(G)})
-    from train import together                                      # train.py has already imported this file
-    if together(start_npz, out, part, described, n, R, first_only=True):
+                            "noise": G.noise.func.__name__, "truncation": G.noise_said})
+    from train import together
+    first, missing = together(start_npz, out, part, described, n, R, first_only=True)
+    if first != described:                                          # the run has a new checkpoint since the first process looked
+        raise UserError(f"{G.source} is not what the other processes draw with; give --weights one checkpoint, not a run that goes on")
+    if missing is None:
         return tell(f"{out} is complete already") if rank() == 0 else None
     labels = np.resize(classes, n)
     images, done = (np.load(part / f"{name}.npy", mmap_mode="r+") for name in ("images", "done"))
-    missing = np.flatnonzero(np.asarray(done) == 0)[rank()::processes()]
+    missing = missing[rank()::processes()]
     started = said_last = time.perf_counter()
     for k, block in enumerate(missing, start=1):
         rows = range(block * NPZ_BLOCK, min(n, (block + 1) * NPZ_BLOCK))
@@ -733,7 +760,10 @@ def write_npz(G, classes, n, seed, out):
 
 
 def start_npz(out, part, described, n, R):
-    """Make the folder in which the array grows, or check that it is of the same images. Returns whether all of it is done."""
+    """Make the folder in which the array grows, or check that it is of the same images.
+
+    Returns what it is of, and the numbers of the blocks that are missing; None if the array is finished."""
+    from train import lock_run
     if out.exists():
         try:
             same = str(np.load(out)["arr_2"]) == described
@@ -741,18 +771,24 @@ def start_npz(out, part, described, n, R):
             same = False
         if not same:
             raise UserError(f"{out} exists and holds something else; move it away or choose another --out")
-        return True
+        shutil.rmtree(part, ignore_errors=True)                     # of a process that was killed at the very end
+        return described, None
+    part.mkdir(exist_ok=True)
+    lock_run(part)
     if (part / "settings.json").exists():
         if (part / "settings.json").read_text() != described:
             raise UserError(f"{part} holds the beginning of other images; delete it or choose another --out")
-        return
+        return described, np.flatnonzero(np.load(part / "done.npy") == 0)
     if (free := shutil.disk_usage(out.parent).free) < (size := 2 * n * R * R * 3):
-        raise UserError(f"{n:,} images need {size / 1e9:.1f} GB while they are drawn, half of it in the end, and {out.parent} has "
-                        f"{free / 1e9:.1f} GB; make room or choose another --out")
-    part.mkdir(exist_ok=True)
-    np.lib.format.open_memmap(part / "images.npy", "w+", np.uint8, (n, R, R, 3))
-    np.lib.format.open_memmap(part / "done.npy", "w+", np.uint8, (-(-n // NPZ_BLOCK),))
+        shutil.rmtree(part)
+        raise UserError(f"{n:,} images need {size / 1e6:,.0f} MB while they are drawn, half of it in the end, and {out.parent} has "
+                        f"{free / 1e6:,.0f} MB; make room or choose another --out")
+    for name, shape in ("images", (n, R, R, 3)), ("done", (-(-n // NPZ_BLOCK),)):
+        np.lib.format.open_memmap(part / f"{name}.npy", "w+", np.uint8, shape)
+        with open(part / f"{name}.npy", "r+b") as f:                # now, since a full disk under mapped memory kills without a word
+            os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     save_atomically(part / "settings.json", lambda f: f.write(described.encode()))
+    return described, np.arange(-(-n // NPZ_BLOCK))
 
 
 def zip_arrays(f, paths):
@@ -767,7 +803,10 @@ def export(weights, out):
     found = read_weights(weights)
     if found.kind != "resample":
         raise UserError(f"{found.source} is a generator alone already; copy the file")
-    moments = {name: tensor.cpu() for name, tensor in load_generator(weights).state_dict().items() if "running_" in name}
+    if out.exists() and out.samefile(found.source):
+        raise UserError(f"the output {out} is the file of --weights; choose another --out")
+    G = load_generator(found.source)
+    moments = {name: tensor.cpu() for name, tensor in G.state_dict().items() if "running_" in name}
     state = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in {**found.G_ema, **moments}.items()}
     content = {"step": found.step, "model": dataclasses.asdict(found.config), "classes": found.classes, "G_ema": state, "standing": True}
     save_atomically(out, lambda f: torch.save(content, f))
@@ -820,29 +859,32 @@ def main(arguments):
             parser.error("--sheet timelapse needs --weights RUN_DIR")
         frames = timelapse(args.weights, out)
         return print(f"{len(frames)} grids of {args.weights} in {out}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from train import join_processes
-        if not args.npz:
-            parser.error("several processes can only share --npz; run this without torchrun")
-        join_processes()
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and not args.npz:
+        parser.error("several processes can only share --npz; run this without torchrun")
     if args.export:
         export(args.weights, out)
         return print(f"the generator alone in {out}")
     G = read_generator(args.weights)
-    everything = range(len(G.classes)) if len(G.classes) <= 20 else range(0, len(G.classes), len(G.classes) // 10)[:10]
-    classes = class_indices(args.classes, G.classes) if args.classes else [*everything]
+    classes = class_indices(args.classes or ["all"], G.classes)
     if args.npz:
-        prepare(G, *(args.trunc or [None]), args.trunc_kind)
-        write_npz(G, class_indices(args.classes or ["all"], G.classes), args.npz, args.seed, out)
-        return dist.destroy_process_group() if processes() > 1 else None
+        prepare(G, *(args.trunc or [None]), args.trunc_kind)        # each process by itself: the same statistics however many there are
+        if several:
+            from train import join_processes
+            join_processes()
+        write_npz(G, classes, args.npz, args.seed, out)
+        return dist.destroy_process_group() if several else None
+    if not args.classes and len(classes) > 20:
+        classes = classes[::len(classes) // 10][:10]
     widest = {"resample": [2, 1.5, 1, 0.5, 0.04], "scale": [1, 0.8, 0.6, 0.4, 0.04]}[args.trunc_kind or G.kind]
     truncations = args.trunc or (widest if args.sheet == "truncation" else [None])
-    limit = 2**27 // G.config.resolution**2
-    if args.sheet == "interpolation":
-        classes = classes if args.classes else classes[:2]
-    if len(classes) * args.n * len(truncations) > limit:
-        raise UserError(f"{len(classes)} classes x {args.n * len(truncations)} images do not fit into one picture; "
-                        f"ask for {limit:,} images at most")
+    for t in args.trunc or []:
+        check_truncation(t, args.trunc_kind or G.kind)
+    if args.sheet == "interpolation" and not args.classes:
+        classes = classes[:2]
+    count, limit = args.n * (3 if args.sheet == "interpolation" else len(classes) * len(truncations)), 2**27 // G.config.resolution**2
+    if count > limit:
+        raise UserError(f"{count:,} images do not fit into one picture; ask for {limit:,} at most")
     if args.sheet:
         sheet = SHEETS[args.sheet](G, classes, args.n, args.seed, truncations, args.trunc_kind)
     else:
@@ -851,9 +893,10 @@ def main(arguments):
         sheet = image_grid(images, columns=math.ceil(math.sqrt(args.n)) if len(classes) == 1 else args.n)
     save_atomically(out, lambda f: sheet.save(f, "PNG"))
     names = ", ".join(class_title(G.classes, k) for k in classes[:10]) + (", ..." if len(classes) > 10 else "")
-    kind = f"truncated at {', '.join(f'{t:g}' for t in truncations)}" if truncations != [None] else said(G)
-    print(f"{out}: {args.n * len(classes)} images of {names}, {kind}")
+    how = G.noise_said if len(truncations) == 1 else f"truncations {', '.join(f'{t:g}' for t in truncations)}"
+    print(f"{out}: {count} images of {names}, {how}")
 
 
 if __name__ == "__main__":
-    run(main)
+    import sample                                                   # this file as train.py knows it, with the same UserError
+    sample.run(sample.main)

@@ -210,6 +210,8 @@ def parse_settings(arguments):
     if s.held_out and s.held_out != "shapes" and Path(s.held_out).resolve() == Path(s.data).resolve():
         parser.error(f"--held-out {s.held_out} is the folder of --data; name images that are not trained on")
     s.out = s.out or f"runs/{preset}"
+    if s.init and Path(s.init).resolve() == Path(s.out).resolve():
+        parser.error(f"--init and --out are both {s.out}; without --init it continues, with another --out it starts anew from there")
     return s
 
 
@@ -995,13 +997,13 @@ def refuse_differences(out, described):
 
 
 def lock_run(out):
-    """Keep a second process from training into the same folder. The lock goes when the process does, however it ends."""
+    """Keep a second process from working in the same folder. The lock goes when the process does, however it ends."""
     global lock                                                     # closing the file would give up the lock
     lock = open(out / "lock", "w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"another process is training in {out}; stop it or choose another --out") from None
+        raise UserError(f"another process is at work in {out}; stop it or choose another --out") from None
 
 
 def plain(config):
@@ -1200,7 +1202,8 @@ def explain(failure, trainer):
         fail(f"memory ran out after {step} steps, with {trainer.micro * processes()} images at a time; " + (
              "the same command continues; if it happens again, start anew with a smaller --micro-batch" if saved else
              f"--micro-batch {fitting} fits; batch norm then sees {fitting} images" if fitting else
-             "not even one image at a time fits; choose a smaller --ch or --model"), 2)
+             "not even one image at a time fits; choose "
+             + ("other weights for --init" if trainer.s.init else "a smaller --ch or --model")), 2)
     fail({"worker": "a process that decodes images has been killed, perhaps for want of memory; the same command continues, "
                     "if need be with fewer --workers",
           "peer": "a process has lost another one, whose own message says why; the same command continues, "
@@ -1282,6 +1285,7 @@ def train(trainer, data, held_out, s):
             before = trainer.monitor.state_dict()
             reason, best, state = together(lambda: (*trainer.monitor.judge(entry), trainer.monitor.state_dict()), first_only=True)
             trainer.monitor.load_state_dict(state)                  # the first process's, in all of them
+            reason = reason if s.g_lr else None                     # with G standing still, D alone is trained: it ought to win
             if log:
                 log.write({**entry, "collapse": reason} if reason else entry)
             sums, since, started = 0, step, time.perf_counter()
