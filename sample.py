@@ -169,8 +169,8 @@ def save_atomically(path, write):
 def keep_freed_memory():
     """Have the C library keep the memory of freed tensors. By default it gives large blocks back to the system, which clears every
     page of them before it hands them out again: without that, on a CPU, training is 10 to 25% faster and drawing up to twice as fast."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    on_cpu = sys.platform == "linux" and not torch.cuda.is_available()
+    if on_cpu and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-4, 0)                                              # M_MMAP_MAX: no block outside the heap
         mallopt(-1, 2**31 - 1)                                      # M_TRIM_THRESHOLD: keep up to 2 GB of free heap
 
