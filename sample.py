@@ -83,7 +83,7 @@ def run(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":                      # of several processes they all know, and one says it
+        if first_process():                                         # of several they all know, and one says it
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
@@ -91,6 +91,10 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def first_process():                                                # also before the processes have met
+    return os.environ.get("RANK", "0") == "0"
 
 
 def file_trouble(error):
@@ -103,6 +107,10 @@ def tell(*words, **options):
         print(*words, **{"flush": True, **options})
     except OSError:
         pass
+
+
+def hours(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 def warn(sentence):
@@ -327,7 +335,7 @@ def find_weights(weights):
     if weights is None:
         runs = sorted(Path("runs").glob("*/checkpoints/step-*.pt"), key=lambda p: p.stat().st_mtime)
         weights = runs[-1].parent.parent if runs else "biggan-deep-256"
-        if not runs and rank() == 0:
+        if not runs and first_process():
             tell(f"there is no run in runs/, so this is the published {weights}", file=sys.stderr)
     path = Path(weights)
     if weights == "shapes":
@@ -357,7 +365,7 @@ def fetch_weights(urls, size, path, name):
     if not path.exists():
         reasons = []
         for url in urls:
-            if os.environ.get("RANK", "0") == "0":
+            if first_process():
                 tell(f"fetching {url}", file=sys.stderr)
             try:
                 fetch(url, path, size)
@@ -370,6 +378,11 @@ def fetch_weights(urls, size, path, name):
     return path
 
 
+def moments_of(state):
+    """Batch norm's means and variances in a state dictionary, on the CPU."""
+    return {name: tensor.cpu() for name, tensor in state.items() if "running_" in name}
+
+
 def rename(state, patterns):
     renamed = {}
     for name, tensor in state.items():
@@ -379,7 +392,7 @@ def rename(state, patterns):
     return renamed
 
 
-def from_deep(state, path):
+def from_deep(state, path, to_train):
     """DeepMind's BigGAN-deep as converted by Hugging Face. There is no D."""
     state = rename(state, DEEP_NAMES)
     steps = len({name.split(".")[1] for name in state if name.startswith("blocks.")}) // 2
@@ -395,12 +408,12 @@ def from_deep(state, path):
         rows = state[name]
         state[name] = rows.view(16, len(rows) // 16, -1).transpose(0, 1).reshape(rows.shape)
     state["attention.gamma"] = state["attention.gamma"].squeeze()
-    moments = {name: tensor for name, tensor in state.items() if "running_" in name}        # at t = 0, 0.02, ... 1
+    moments = moments_of(state)                                     # at t = 0, 0.02, ... 1
     state.update({name: table[-1] for name, table in moments.items()})
     return Weights(path, config, class_names(classes), None, state, kind="scale", sigmas=sigmas, moments=moments)
 
 
-def from_port(state, path, to_train=False):
+def from_port(state, path, to_train):
     """The paper's author's PyTorch code: G_ema.pth or G.pth and, to train on, G.pth and D.pth beside it."""
     states = [state, *(sibling(path, network) if to_train else {} for network in "GD")]
     G_ema, G, D = ({name: tensor.flatten() if name.endswith(".u") else tensor
@@ -409,7 +422,7 @@ def from_port(state, path, to_train=False):
     model, (classes, shared_dim) = MODELS[f"biggan{4 * 2**blocks}"], G_ema["shared.weight"].shape
     config = dataclasses.replace(model, ch=G_ema["to_rgb.weight"].shape[1] // model.g_channels[-1], n_classes=classes,
                                  shared_dim=shared_dim, z_dim=G_ema["linear.weight"].shape[1] * (blocks + 1), sn_eps=1e-6, bn_eps=1e-5)
-    moments = {name: tensor[None] for name, tensor in G_ema.items() if "running_" in name}  # without truncation
+    moments = {name: tensor[None] for name, tensor in moments_of(G_ema).items()}    # without truncation
     return Weights(path, config, class_names(classes), None, G_ema, G or None, D or None, moments=moments)
 
 
@@ -419,12 +432,12 @@ def sibling(path, network):
     return read_tensors(other) if other.is_file() and path.name.startswith("G") else {}
 
 
-def from_own(checkpoint, path, to_train=False):
+def from_own(checkpoint, path, to_train):
     classes, state = checkpoint["classes"], checkpoint["G_ema"]
     config = ModelConfig(**checkpoint["model"])
     if not isinstance(classes, list) or [type(name) for name in classes] != [str] * config.n_classes:
         raise UserError(f"{path} does not name its {config.n_classes} classes: the names are {str(classes)[:80]}")
-    moments = {name: tensor[None] for name, tensor in state.items() if "running_" in name} if checkpoint.get("standing") else {}
+    moments = {name: tensor[None] for name, tensor in moments_of(state).items()} if checkpoint.get("standing") else {}
     G, D = (checkpoint.get(network) if to_train else None for network in "GD")
     return Weights(path, config, classes, checkpoint["step"], state, G, D, moments=moments)
 
@@ -437,7 +450,7 @@ def read_weights(weights=None, to_train=False):
     if not origin:
         raise UserError(f"{path} holds no weights: neither a checkpoint of train.py nor a generator of a published kind")
     try:
-        found = origin(content, path, to_train) if origin != from_deep else from_deep(content, path)
+        found = origin(content, path, to_train)
         with torch.device("meta"):                                  # shapes without memory: nothing is allocated for a bad file
             for state, kind in (found.G_ema, Generator), (found.G, Generator), (found.D, Discriminator):
                 if state is not None:
@@ -513,11 +526,11 @@ def prepare(G, truncation=None, kind=None):
             return G
     except (UserError, OSError, KeyError, TypeError, AttributeError, RuntimeError):
         pass                                                        # missing, damaged or of other weights: gathered anew
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         tell(f"gathering batch norm's statistics from 1,024 images, {G.noise_said}", file=sys.stderr)
     standing_statistics(G, STANDING_BATCHES, noise=G.noise)
-    moments = {name: tensor.cpu() for name, tensor in G.state_dict().items() if "running_" in name}
-    if os.environ.get("RANK", "0") == "0":
+    moments = moments_of(G.state_dict())
+    if first_process():
         try:
             save_atomically(path, lambda f: torch.save({"weights": G.fingerprint, "batches": STANDING_BATCHES, "moments": moments}, f))
         except (OSError, RuntimeError):
@@ -565,6 +578,11 @@ def draw(G, z, y, batch=None):
 def draw_seeds(G, labels, seeds, noise=truncated_normal, batch=None):
     """Images of these labels and seeds (N, R, R, 3) uint8: the same image whatever else is drawn with it."""
     return draw(G, seeded_noise(seeds, G.config.z_dim, noise), torch.as_tensor(labels), batch)
+
+
+def draw_rows(G, classes, n, seed):
+    """The same n seeds for each class, class after class, with the noise that G was prepared for."""
+    return draw_seeds(G, np.repeat(classes, n), [*range(seed, seed + n)] * len(classes), G.noise)
 
 
 def seeded_noise(seeds, z_dim, noise=truncated_normal):
@@ -656,7 +674,7 @@ def labelled(images, columns, labels, title):
 def classes_sheet(G, classes, n, seed, truncations, kind):
     """A row per class, a column per seed."""
     prepare(G, *truncations, kind)
-    images = draw_seeds(G, np.repeat(classes, n), [*range(seed, seed + n)] * len(classes), G.noise)
+    images = draw_rows(G, classes, n, seed)
     return labelled(images, n, [class_title(G.classes, k) for k in classes], f"seeds {seed} to {seed + n - 1}, {G.noise_said}")
 
 
@@ -665,7 +683,7 @@ def truncation_sheet(G, classes, n, seed, truncations, kind):
     drawn = []                                                      # for each truncation, for each class: n images
     for t in truncations:
         prepare(G, t, kind)
-        drawn.append(np.split(draw_seeds(G, np.repeat(classes, n), [*range(seed, seed + n)] * len(classes), G.noise), len(classes)))
+        drawn.append(np.split(draw_rows(G, classes, n, seed), len(classes)))
     several = len(classes) > 1
     return labelled(np.concatenate([images for of_class in zip(*drawn) for images in of_class]), n,
                     [(f"{class_title(G.classes, k)}, " if several else "") + f"{t:g}" for k in classes for t in truncations],
@@ -746,9 +764,8 @@ def write_npz(G, classes, n, seed, out):
         now = time.perf_counter()
         if rank() == 0 and (now - said_last > 10 or k == len(missing)):
             said_last, rate = now, k * NPZ_BLOCK * processes() / (now - started)
-            left = int((len(missing) - k) * NPZ_BLOCK * processes() / rate)
-            tell(f"{min(n, int(np.sum(done)) * NPZ_BLOCK):,}/{n:,} images  {rate:.0f} img/s  "
-                 f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+            left = hours((len(missing) - k) * NPZ_BLOCK * processes() / rate)
+            tell(f"{min(n, int(np.sum(done)) * NPZ_BLOCK):,}/{n:,} images  {rate:.0f} img/s  {left} left")
     if processes() > 1:
         dist.barrier()
     if rank() == 0:
@@ -806,7 +823,7 @@ def export(weights, out):
     if out.exists() and out.samefile(found.source):
         raise UserError(f"the output {out} is the file of --weights; choose another --out")
     G = load_generator(found.source)
-    moments = {name: tensor.cpu() for name, tensor in G.state_dict().items() if "running_" in name}
+    moments = moments_of(G.state_dict())
     state = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in {**found.G_ema, **moments}.items()}
     content = {"step": found.step, "model": dataclasses.asdict(found.config), "classes": found.classes, "G_ema": state, "standing": True}
     save_atomically(out, lambda f: torch.save(content, f))
@@ -889,7 +906,7 @@ def main(arguments):
         sheet = SHEETS[args.sheet](G, classes, args.n, args.seed, truncations, args.trunc_kind)
     else:
         prepare(G, *truncations, args.trunc_kind)
-        images = draw_seeds(G, np.repeat(classes, args.n), [*range(args.seed, args.seed + args.n)] * len(classes), G.noise)
+        images = draw_rows(G, classes, args.n, args.seed)
         sheet = image_grid(images, columns=math.ceil(math.sqrt(args.n)) if len(classes) == 1 else args.n)
     save_atomically(out, lambda f: sheet.save(f, "PNG"))
     names = ", ".join(class_title(G.classes, k) for k in classes[:10]) + (", ..." if len(classes) > 10 else "")

@@ -48,7 +48,7 @@ from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, 
                     matrix_layers, orthogonal_regularisation, power_iteration, processes, r1_penalty, rank, sigma_pull, singular_values,
                     standing_statistics, truncated_normal)
 from metrics import Monitor, pyramid_distances, spread_within
-from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw_seeds, fetch, file_trouble, image_grid,
+from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw_seeds, fetch, file_trouble, hours, image_grid,
                     keep_freed_memory, newest_checkpoint, pick_device, read_checkpoint, read_weights, run, save_atomically, tell, warn)
 
 
@@ -1117,9 +1117,8 @@ def save_samples(trainer, G, s, rows=16, columns=10):
 
 
 def progress(entry, s):
-    left = int((s.steps - entry["step"]) * entry["seconds_per_step"])
-    return (f"step {entry['step']}/{s.steps}  {entry['images_per_second']:.0f} img/s  "
-            f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  "
+    left = hours((s.steps - entry["step"]) * entry["seconds_per_step"])
+    return (f"step {entry['step']}/{s.steps}  {entry['images_per_second']:.0f} img/s  {left} left  "
             f"D real {entry['D_real']:+.2f}  D fake {entry['D_fake']:+.2f}  G {entry['G_loss']:+.2f}  "
             f"diversity {entry['diversity']:.2f}")
 
