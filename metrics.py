@@ -1,29 +1,41 @@
 """Score generated images against real ones.
 
-    python metrics.py --weights runs/cifar10 --data cifar10/test           a run or checkpoint against a folder of images
-    python metrics.py --weights runs/shapes --data shapes                  against freshly drawn shapes
-    python metrics.py --fake cifar10/train --real cifar10/test             two folders: what real images themselves score
+    python metrics.py --weights runs/cifar10 --data cifar10/test                     FID, KID, IS, precision, recall, sliced Wasserstein
+    python metrics.py --weights runs/cifar10 --data cifar10/test --trunc 2 1.5 1 0.5 0.04 --plot curve.png       fidelity against variety
+    python metrics.py --weights runs/a runs/b runs/c --data cifar10/test             several runs: mean and deviation
+    python metrics.py --fake samples.npz --real cifar10/test                         an array or a folder against a folder
+    python metrics.py --weights runs/shapes --data shapes --inception none           without Inception: sliced Wasserstein only
+    torchrun --nproc_per_node=8 metrics.py ...                                       the same numbers, sooner
 
-The score is the sliced Wasserstein distance between small patches at every level of a Laplacian pyramid (Karras et al. 2018): it needs
-no network. Lower is better; two sets of real images show how low it can be. It sees texture, edges and colour, not objects.
-Also printed: the mean colour of an image and how much it varies from image to image, which shows a generator fading to grey.
+FID, KID, precision and recall compare what the Inception network sees in the images, and IS how it classifies them. Its weights, 91 MB, are
+fetched once into ~/.cache/biggan. Sliced Wasserstein compares small patches and needs no network. Numbers can be compared if network,
+resizer, the number of images and the real images are the same; they are printed and stored with every score.
 
-Reading order: distances between distributions, the Laplacian pyramid, signs of collapse (which train.py watches), the command.
+Reading order: distances between distributions, the Laplacian pyramid, Inception, what is kept of a set of images, signs of collapse (which
+train.py watches), the command.
 """
 
+import hashlib
 import json
 import math
 import os
+import struct
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
-from sample import (Parser, UserError, at_least_one, check_output, draw_seeds, positive, prepare, read_generator, run, save_atomically,
-                    seed_number, warn)
+from biggan import Discriminator, processes, rank, truncated_normal
+from sample import (CACHE, KINDS, Parser, Progress, UserError, at_least_one, check_output, draw_seeds, fetch_weights,
+                    image_grid, keep_freed_memory, last_line, pick_device, positive, prepare, read_generator, read_tensors, read_weights,
+                    run, save_atomically, seed_number, tell, warn)
 
 
 # ---------------------------------------------------------------- distances between distributions
@@ -31,14 +43,19 @@ from sample import (Parser, UserError, at_least_one, check_output, draw_seeds, p
 def frechet_distance(mu1, cov1, mu2, cov2):
     """Squared Frechet distance between two Gaussians: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). Means (d,), covariances (d, d).
 
-    With Inception features it is the FID (Heusel et al. 2017). tr (C1 C2)^(1/2) is taken from the eigenvalues of the symmetric
-    C1^(1/2) C2 C1^(1/2), which has the same ones: they are real and not negative, also where a covariance has no full rank."""
+    With Inception's features it is the FID (Heusel et al. 2017). With C1 = A A^T, the product C1 C2 has the eigenvalues of the symmetric
+    A^T C2 A, which are real and not negative, also where a covariance has no full rank: tr (C1 C2)^(1/2) is the sum of their roots."""
     mu1, cov1, mu2, cov2 = (np.asarray(a, np.float64) for a in (mu1, cov1, mu2, cov2))
     values, vectors = np.linalg.eigh(cov1)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T          # C1^(1/2); rounding makes zeros slightly negative
-    product = root @ cov2 @ root
-    trace_of_root = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0)).sum()
+    A = vectors * without_rounding(values)**0.5
+    product = A.T @ cov2 @ A
+    trace_of_root = (without_rounding(np.linalg.eigvalsh((product + product.T) / 2))**0.5).sum()
     return float(max(0, np.square(mu1 - mu2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root))
+
+
+def without_rounding(eigenvalues):
+    """Eigenvalues that are zero but for rounding, also slightly negative ones, become 0: their roots would count."""
+    return np.where(eigenvalues > 2e-14 * eigenvalues.max(), eigenvalues, 0)
 
 
 def inception_score(probs, splits=10):
@@ -55,6 +72,66 @@ def inception_score(probs, splits=10):
     return float(np.mean(scores)), float(np.std(scores))
 
 
+def kernel_distance(a, b, subsets=100, size=1000, seed=0):
+    """Squared maximum mean discrepancy of two sets (N, d), (M, d) under k(x, y) = (x . y / d + 1)^3: mean and standard deviation over
+    random subsets of each. With Inception's features it is the KID (Binkowski et al. 2018).
+
+    Unlike the FID it has no bias: for two samples of the same distribution it is 0 on average, and now and then negative."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    size, rng, distances = min(size, len(a), len(b)), np.random.default_rng(seed), []
+    if size < 2:
+        raise ValueError(f"sets of {len(a)} and {len(b)} points are too small")
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1)**3
+    for _ in range(subsets):
+        x, y = (s[rng.choice(len(s), size, replace=False)] for s in (a, b))
+        xx, yy = kernel(x, x), kernel(y, y)
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))      # without pairs of a point and itself
+        distances.append((within - 2 * kernel(x, y).mean()).item())
+    return float(np.mean(distances)), float(np.std(distances))
+
+
+def nearest(a, b, k=1, same=False, at_a_time=1000):
+    """From each point of a (N, d) to its k nearest of b (M, d): distances (N, k), nearest first, and which they are (N, k).
+
+    same: b is a, and a point is not its own neighbour."""
+    found = []
+    for start in range(0, len(a), at_a_time):
+        squared = squared_distances(a[start:start + at_a_time], b)
+        if same:
+            squared.diagonal(start).fill_(math.inf)
+        found.append(squared.topk(k, largest=False))
+    return torch.cat([d for d, _ in found]).sqrt(), torch.cat([i for _, i in found])
+
+
+def squared_distances(a, b):                                        # (N, d), (M, d) -> (N, M)
+    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
+
+
+def precision_recall(real, fake, k=3, at_a_time=1000):
+    """Precision: the share of fake points (M, d) that lie within reach of a real one (N, d), where a point reaches as far as its k-th
+    nearest neighbour of its own set. Recall: the share of real points within reach of a fake one (Kynkaanniemi et al. 2019).
+
+    Precision falls when images are poor, recall when there is no variety."""
+    centre = torch.as_tensor(real).mean(0)                          # the distances are the same from anywhere, but rounded less from here
+    real, fake = torch.as_tensor(real) - centre, torch.as_tensor(fake) - centre
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"sets of {len(real)} and {len(fake)} points have no {k} neighbours each")
+
+    def share_within_reach(points, centres):
+        reach = nearest(centres, centres, k, same=True)[0][:, -1].square()
+        return torch.cat([(squared_distances(x, centres) <= reach).any(1) for x in points.split(at_a_time)]).double().mean().item()
+
+    return share_within_reach(fake, real), share_within_reach(real, fake)
+
+
+def chance_below(a, b):
+    """The probability that a number of a (N,) is below one of b (M,), ties counting half. 1/2: neither tends to be smaller."""
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    b = np.sort(b)
+    below, not_above = len(b) - np.searchsorted(b, a, "right"), len(b) - np.searchsorted(b, a, "left")
+    return float((below + not_above).mean() / (2 * len(b)))
+
+
 def sliced_wasserstein(a, b, projections=512, seed=0, at_a_time=32):
     """Mean Wasserstein-1 distance between two point sets (N, d) seen along random directions (Rabin et al. 2011).
 
@@ -66,8 +143,9 @@ def sliced_wasserstein(a, b, projections=512, seed=0, at_a_time=32):
     directions = F.normalize(directions, dim=0)                     # (d, projections), each of length 1
     total = 0.0
     for u in directions.split(at_a_time, dim=1):
-        total += ((a @ u).sort(0).values - (b @ u).sort(0).values).abs().mean(0).sum().item()
-    return total / projections
+        on_line_a, on_line_b = (np.sort((u.T @ points.T).numpy()) for points in (a, b))     # (at_a_time, N); numpy sorts faster than torch
+        total += np.abs(on_line_a - on_line_b).mean(1).sum()
+    return float(total / projections)
 
 
 # ---------------------------------------------------------------- the Laplacian pyramid
@@ -102,14 +180,24 @@ def laplacian_pyramid(x, smallest=16):
     return bands + [x]
 
 
-def patches(x, per_image=128, side=7, seed=0):
+def patches(x, generator, per_image=128, side=7):
     """(N, C, R, R) -> (N * per_image, C * side * side): square patches at random places."""
     N, C, R, _ = x.shape
-    corner = torch.randint(R - side + 1, (2, N, per_image), generator=torch.Generator().manual_seed(seed))
+    corner = torch.randint(R - side + 1, (2, N, per_image), generator=generator)
     rows = corner[0][..., None, None] + torch.arange(side)[:, None]     # (N, per_image, side, 1)
     columns = corner[1][..., None, None] + torch.arange(side)           # (N, per_image, 1, side)
     image = torch.arange(N)[:, None, None, None]
     return x[image, :, rows, columns].flatten(0, 1).flatten(1)
+
+
+def pyramid_patches(images, seed, smallest=16, per_image=128, at_a_time=64):
+    """Images (N, R, R, 3) uint8 -> {pixels per side: patches of that level (N * per_image, 147)}."""
+    levels, generator = {}, torch.Generator().manual_seed(seed)
+    for start in range(0, len(images), at_a_time):
+        x = torch.from_numpy(images[start:start + at_a_time]).permute(0, 3, 1, 2).float()
+        for band in laplacian_pyramid(x, smallest):
+            levels.setdefault(band.shape[-1], []).append(patches(band, generator, per_image))
+    return {side: torch.cat(parts) for side, parts in levels.items()}
 
 
 def pyramid_distances(real, fake, smallest=16, per_image=128, projections=512):
@@ -117,12 +205,12 @@ def pyramid_distances(real, fake, smallest=16, per_image=128, projections=512):
 
     Patches are scaled per colour channel to the mean and variance of the *real* ones. (Karras et al. scale each set by itself,
     which hides wrong contrast and colour.)"""
-    pyramids = [laplacian_pyramid(torch.from_numpy(images).permute(0, 3, 1, 2).float(), smallest) for images in (real, fake)]
+    real, fake = (pyramid_patches(images, seed, smallest, per_image) for seed, images in enumerate((real, fake)))
     distances = {}
-    for real_band, fake_band in zip(*pyramids):
-        mean, std = real_band.mean((0, 2, 3), keepdim=True), real_band.std((0, 2, 3), keepdim=True).clamp(min=1e-8)
-        real_points, fake_points = (patches((band - mean) / std, per_image, seed=k) for k, band in enumerate((real_band, fake_band)))
-        distances[real_band.shape[-1]] = sliced_wasserstein(real_points, fake_points, projections)
+    for side in real:
+        of_real, of_fake = (levels[side].unflatten(1, (3, -1)) for levels in (real, fake))          # (N * per_image, 3, 49)
+        mean, std = of_real.mean((0, 2), keepdim=True), of_real.std((0, 2), keepdim=True).clamp(min=1e-8)
+        distances[side] = sliced_wasserstein(*(((points - mean) / std).flatten(1) for points in (of_real, of_fake)), projections)
     return distances
 
 
@@ -130,6 +218,475 @@ def mean_colours(images):
     """(N, R, R, 3) uint8 -> mean (3,) and standard deviation (3,) over the images of an image's mean colour, in 0..255."""
     colours = images.reshape(len(images), -1, 3).mean(1)
     return colours.mean(0), colours.std(0)
+
+
+# ---------------------------------------------------------------- Inception
+# FID and IS are defined by one network: Inception v3 as Google trained it in 2015, with 1,008 outputs. In three places it differs from the
+# later ones, such as torchvision's: its weights, average pooling, which leaves the border out of its means, and the last block, which pools
+# by maximum. Scores with another network, or with images resized in another way, cannot be compared with published ones.
+
+INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d"                                       # how it begins, as the file's name says
+RESIZERS = {  # name: pixel i of the larger or smaller image lies at which place, in pixels of the one before, `step` of which make one
+    "pytorch": lambda i, step: (i + 0.5) * step - 0.5,              # pixels are squares, and those of both images cover the same area
+    "tensorflow": lambda i, step: i * step}                         # pixels are points, and the first ones coincide
+
+
+class Inception(nn.Module):
+    """Images (N, 3, H, W) uint8 -> pool features (N, 2048), logits (N, 1008).
+
+    weights: the path of the published file, or a state dictionary with the same names. resizer: how images come to 299 x 299, "pytorch" as in
+    the pytorch-fid package, "tensorflow" as in the original of 2015. Raises UserError for weights of another kind."""
+
+    def __init__(self, weights, resizer="pytorch"):
+        super().__init__()
+        if resizer not in RESIZERS:
+            raise UserError(f"there is no resizer {resizer}; there are {' and '.join(RESIZERS)}")
+        self.resizer, self.said = resizer, "given as tensors"
+        if not isinstance(weights, dict):
+            path, weights = Path(weights), read_tensors(weights)
+            self.said = sha256(path)
+        try:
+            for name, tensor in fold_norms(weights).items():
+                self.register_buffer(name.replace(".", " "), tensor.contiguous(memory_format=torch.channels_last)
+                                     if tensor.dim() == 4 else tensor)
+            if self.fc_weight.shape != (1008, 2048):
+                raise ValueError(f"it has {len(self.fc_weight)} outputs, not 1,008")
+            self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))      # are all layers there, and do they fit each other?
+        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"the Inception weights {self.said} are not those of 2015 ({last_line(error)}); use {INCEPTION_URL}") from None
+        if bad := [name for name, tensor in self.named_buffers() if not tensor.isfinite().all()]:
+            raise UserError(f"the Inception weights {self.said} hold numbers that are not finite, in {bad[0]}; get the file again")
+
+    @torch.no_grad()
+    def forward(self, x):
+        if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3:
+            raise ValueError(f"images are (N, 3, H, W) uint8, not {tuple(x.shape)} of {x.dtype}")
+        x = resize(x.to(self.fc_bias), 299, RESIZERS[self.resizer]) # (N, 3, 299, 299), still 0 to 255
+        x = x / 127.5 - 1 if self.resizer == "pytorch" else x / 128 - 1
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.conv(x, "Conv2d_1a_3x3", stride=2, padding=0)      # (N, 32, 149, 149)
+        x = self.conv(x, "Conv2d_2a_3x3", padding=0)                # (N, 32, 147, 147)
+        x = self.conv(x, "Conv2d_2b_3x3")                           # (N, 64, 147, 147)
+        x = F.max_pool2d(x, 3, stride=2)                            # (N, 64, 73, 73)
+        x = self.conv(x, "Conv2d_3b_1x1")                           # (N, 80, 73, 73)
+        x = self.conv(x, "Conv2d_4a_3x3", padding=0)                # (N, 192, 71, 71)
+        x = F.max_pool2d(x, 3, stride=2)                            # (N, 192, 35, 35)
+        for block in "Mixed_5b", "Mixed_5c", "Mixed_5d":
+            x = self.mixed_35(x, block)                             # (N, 288, 35, 35) in the end
+        x = self.halve_35(x, "Mixed_6a")                            # (N, 768, 17, 17)
+        for block in "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e":
+            x = self.mixed_17(x, block)                             # (N, 768, 17, 17)
+        x = self.halve_17(x, "Mixed_7a")                            # (N, 1280, 8, 8)
+        x = self.mixed_8(x, "Mixed_7b", average_around(x))          # (N, 2048, 8, 8)
+        x = self.mixed_8(x, "Mixed_7c", F.max_pool2d(x, 3, stride=1, padding=1))
+        features = x.mean((2, 3))                                   # (N, 2048)
+        return features, F.linear(features, self.fc_weight, self.fc_bias)
+
+    def conv(self, x, name, stride=1, padding=None):
+        """Convolution (its batch norm is in the weights), ReLU. Unless told otherwise the image keeps its size."""
+        weight = getattr(self, name + " weight")
+        padding = [side // 2 for side in weight.shape[2:]] if padding is None else padding
+        return F.conv2d(x, weight, getattr(self, name + " bias"), stride, padding).relu_()
+
+    def chain(self, x, block, *names):
+        for name in names:
+            x = self.conv(x, f"{block} {name}")
+        return x
+
+    # Branches see the same input at different scales, and their outputs are stacked.
+    def mixed_35(self, x, block):
+        return torch.cat([self.chain(x, block, "branch1x1"),
+                          self.chain(x, block, "branch5x5_1", "branch5x5_2"),
+                          self.chain(x, block, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
+                          self.chain(average_around(x), block, "branch_pool")], 1)
+
+    def halve_35(self, x, block):
+        double = self.chain(x, block, "branch3x3dbl_1", "branch3x3dbl_2")
+        return torch.cat([self.conv(x, f"{block} branch3x3", stride=2, padding=0),
+                          self.conv(double, f"{block} branch3x3dbl_3", stride=2, padding=0),
+                          F.max_pool2d(x, 3, stride=2)], 1)
+
+    def mixed_17(self, x, block):                                   # 7x7 kernels as a row of 7 and a column of 7
+        return torch.cat([self.chain(x, block, "branch1x1"),
+                          self.chain(x, block, "branch7x7_1", "branch7x7_2", "branch7x7_3"),
+                          self.chain(x, block, *(f"branch7x7dbl_{k}" for k in range(1, 6))),
+                          self.chain(average_around(x), block, "branch_pool")], 1)
+
+    def halve_17(self, x, block):
+        narrow = self.chain(x, block, "branch3x3_1")
+        wide = self.chain(x, block, "branch7x7x3_1", "branch7x7x3_2", "branch7x7x3_3")
+        return torch.cat([self.conv(narrow, f"{block} branch3x3_2", stride=2, padding=0),
+                          self.conv(wide, f"{block} branch7x7x3_4", stride=2, padding=0),
+                          F.max_pool2d(x, 3, stride=2)], 1)
+
+    def mixed_8(self, x, block, pooled):
+        narrow, wide = self.chain(x, block, "branch3x3_1"), self.chain(x, block, "branch3x3dbl_1", "branch3x3dbl_2")
+        return torch.cat([self.chain(x, block, "branch1x1"),
+                          self.chain(narrow, block, "branch3x3_2a"), self.chain(narrow, block, "branch3x3_2b"),
+                          self.chain(wide, block, "branch3x3dbl_3a"), self.chain(wide, block, "branch3x3dbl_3b"),
+                          self.chain(pooled, block, "branch_pool")], 1)
+
+
+def average_around(x):
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def fold_norms(state):
+    """Batch norm with fixed statistics scales and shifts each channel, and so can the convolution before it: (W x) s + t = (s W) x + t."""
+    folded = {"fc_weight": state["fc.weight"].float(), "fc_bias": state["fc.bias"].float()}
+    for name in [name.removesuffix(".conv.weight") for name in state if name.endswith(".conv.weight")]:
+        weight, gamma, beta, mean, var = (state[f"{name}.{part}"].double() for part in
+                                          ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"))
+        s = gamma / (var + 0.001).sqrt()
+        folded[f"{name}.weight"], folded[f"{name}.bias"] = (s[:, None, None, None] * weight).float(), (beta - s * mean).float()
+    return folded
+
+
+def resize(x, side, place):
+    """(N, C, H, W) -> (N, C, side, side): each pixel a mixture of the two rows and the two columns next to its place. No smoothing."""
+    rows, columns = (mixture(length, side, place).to(x) for length in x.shape[2:])
+    return rows @ x @ columns.T
+
+
+def mixture(length, side, place):                                   # -> (side, length), two numbers in each row
+    at = place(torch.arange(side, dtype=torch.float64), length / side).clamp(0, length - 1)
+    below = at.long().clamp(max=max(0, length - 2))
+    rows, M = torch.arange(side), torch.zeros(side, length, dtype=torch.float64)
+    M[rows, below] += 1 - (at - below)
+    M[rows, (below + 1).clamp(max=length - 1)] += at - below
+    return M
+
+
+def find_inception(path=None):
+    """The path of Inception's weights: this one, or the published ones, fetched once and checked."""
+    if path:
+        if not Path(path).is_file():
+            raise UserError(f"the Inception weights {path} do not exist; leave out --inception to fetch them, or name the file")
+        return Path(path)
+    path = CACHE / INCEPTION_URL.rpartition("/")[2]
+    fetch_weights([INCEPTION_URL], None, path, "Inception's network", "--inception none scores without it")
+    if not (found := sha256(path)).startswith(INCEPTION_SHA256):
+        raise UserError(f"{path} is damaged or another file: its sha256 begins with {found}, not {INCEPTION_SHA256}; "
+                        "delete it and repeat the command")
+    return path
+
+
+def sha256(path):                                                   # how it begins: enough to tell files apart
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:8]
+
+
+# ---------------------------------------------------------------- sets of images
+# Images come from a folder or from a generator, in blocks, of which every process takes its share. What reads files comes from train.py,
+# which has already imported this one: hence the imports inside the functions.
+
+BLOCK = 64                                                          # images
+KEPT = 50_000                                                       # images of which features are kept; the FID uses all there are
+PATCHED = 2000                                                      # images whose patches are compared
+
+
+class Given:
+    """The images of a folder, packed or not, of an array, or freshly drawn shapes that training never sees, in a random order that is always
+    the same: all, or the first n of them. labels (n,) and classes (names), or None where there are none."""
+
+    def __init__(self, source, resolution, n=None, option="--n"):
+        from train import Shapes, open_packed
+        self.source, self.resolution = str(source), resolution
+        if source == "shapes":
+            self.data = Shapes(resolution, held_out=True)
+            n = n or PATCHED
+        elif self.source.endswith(".npz"):
+            self.data = Array(source)
+            if self.data.images.shape[1] != resolution:
+                raise UserError(f"{source} has images of {self.data.images.shape[1]} pixels and the others have {resolution}; "
+                                "draw it at their size")
+        elif Path(source, "packed.json").exists():
+            self.data = open_packed(source, resolution)
+        else:
+            self.data = Files(source, resolution)
+        if n and n > len(self.data):
+            raise UserError(f"{source} has {len(self.data)} images, fewer than {option} {n}; pass {option} {len(self.data)}")
+        self.n, self.classes = n or len(self.data), self.data.classes
+        # Drawn shapes come class after class as they are.
+        self.order = np.arange(self.n) if source == "shapes" else np.random.default_rng(0).permutation(len(self.data))[:self.n]
+        self.labels = None if self.data.labels is None else np.asarray(self.data.labels, np.int64)[self.order]
+
+    def __getitem__(self, b):
+        """Block b: the rows that could be read, their images (k, R, R, 3) uint8. The others are named."""
+        rows, images = [], []
+        for row in range(b * BLOCK, min((b + 1) * BLOCK, self.n)):
+            try:
+                images.append(np.asarray(self.data[int(self.order[row])][0]))
+                rows.append(row)
+            except Exception as reason:                             # Pillow raises whatever its decoders do
+                warn(f"skipped {self.data.paths[self.order[row]] if isinstance(self.data, Files) else self.source}: {reason}")
+        return rows, np.array(images, np.uint8).reshape(-1, self.resolution, self.resolution, 3)
+
+    def blocks(self, n=None):
+        numbers = range(rank(), -(-(n or self.n) // BLOCK), processes())
+        return torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, collate_fn=lambda block: block,
+                                           num_workers=8 if torch.cuda.is_available() and isinstance(self.data, Files) else 0)
+
+    def image(self, row):
+        return np.asarray(self.data[int(self.order[row])][0])
+
+    def fingerprint(self):
+        """Changes with any file's name, size or time."""
+        paths = (self.data.paths if isinstance(self.data, Files) else [self.source] if self.source.endswith(".npz") else
+                 sorted(Path(self.source).glob("*.*")) if self.source != "shapes" else [])
+        entries = (f"{path} {stat.st_size} {stat.st_mtime_ns}" for path in paths for stat in [os.stat(path)])
+        return f"{zlib.crc32(chr(10).join(entries).encode()):08x}"
+
+
+class Files:
+    """All image files in a folder and those below it. If all of them lie in sub-folders, these are the classes."""
+
+    def __init__(self, root, resolution):
+        from train import is_image
+        if not Path(root).is_dir():
+            raise UserError(f"{root} is not a folder of images, nor an array FILE.npz; name another")
+        self.resolution = resolution
+        self.paths = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names if is_image(name))
+        if not self.paths:
+            raise UserError(f"{root} holds no images")
+        names = [path.relative_to(root).parts[:-1][:1] for path in self.paths]
+        self.classes, self.labels = sorted({name[0] for name in names if name}), None
+        if all(names):
+            self.labels = np.unique([name[0] for name in names], return_inverse=True)[1]
+        else:
+            self.classes = None
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        from train import load_patiently
+        return load_patiently(self.paths[i], self.resolution), None
+
+
+class Array:
+    """An array file of `sample.py --npz` or of anyone else: the first array is images (n, R, R, 3) uint8, a second one (n,) their labels."""
+
+    classes = None
+
+    def __init__(self, path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                self.images = self.mapped(path, archive.getinfo(names[0]))
+            with np.load(path) as arrays:
+                if self.images is None:
+                    self.images = arrays[arrays.files[0]]           # compressed
+                self.labels = arrays[arrays.files[1]] if len(names) > 1 else None
+        except FileNotFoundError:
+            raise UserError(f"the array {path} does not exist; draw it with sample.py --npz, or name another") from None
+        except Exception:                                           # numpy and zipfile raise what their parsers do
+            raise UserError(f"{path} is not an array of images as sample.py --npz writes it; name another") from None
+        shape = self.images.shape
+        if self.images.dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
+            raise UserError(f"{path} holds {self.images.dtype} of shape {shape}, not (n, R, R, 3) uint8; name another")
+        if self.labels is not None and (self.labels.shape != shape[:1] or self.labels.dtype.kind != "i"):
+            self.labels = None
+
+    @staticmethod
+    def mapped(path, entry):
+        """An array in a zip archive, left on the disk; None if it is compressed."""
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return None
+        with open(path, "rb") as f:
+            f.seek(entry.header_offset + 26)
+            f.seek(sum(struct.unpack("<HH", f.read(4))), os.SEEK_CUR)       # the lengths of name and extra field, which come next
+            version = np.lib.format.read_magic(f)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read_header(f)
+            return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i], None
+
+
+class Drawn:
+    """n images of a generator, the classes in turn, image i from its own seed."""
+
+    def __init__(self, G, n, seed=0, noise=truncated_normal):
+        self.G, self.n, self.first, self.noise, self.resolution = G, n, seed * n, noise, G.config.resolution
+        self.labels, self.classes = np.arange(n) % G.config.n_classes, getattr(G, "classes", None)
+
+    def draw(self, rows):
+        return draw_seeds(self.G, self.labels[rows], [self.first + int(row) for row in rows], self.noise)
+
+    def blocks(self, n=None):
+        for b in range(rank(), -(-self.n // BLOCK), processes()):
+            rows = list(range(b * BLOCK, min((b + 1) * BLOCK, self.n)))
+            yield rows, self.draw(rows)
+
+    def image(self, row):
+        return self.draw([row])[0]
+
+
+@dataclass
+class Seen:
+    """What is kept of a set of images: numpy arrays, the same in all processes."""
+    n: int                                                          # images
+    skipped: int = 0                                                # those that could not be read
+    mu: np.ndarray = None                                           # mean (2048,) and covariance (2048, 2048) of Inception's features
+    cov: np.ndarray = None
+    features: np.ndarray = None                                     # of the first images (k, 2048)
+    labels: np.ndarray = None                                       # theirs (k,), if they have any
+    rows: np.ndarray = None                                         # and their places in the set (k,)
+    score: np.ndarray = None                                        # Inception score: mean and deviation
+    pixels: np.ndarray = None                                       # the first images themselves (p, R, R, 3) uint8
+
+
+def see(images, inception=None, what=""):
+    """Look at a set of images, every process at its blocks. Without Inception only the first images are kept, for their patches."""
+    n = images.n if inception else min(images.n, PATCHED)
+    kept, R = min(n, KEPT), images.resolution
+    there, pixels = torch.zeros(n, dtype=torch.uint8), torch.zeros(min(n, PATCHED), R, R, 3, dtype=torch.uint8)
+    progress = Progress(n, what)
+    if inception:
+        device = inception.fc_bias.device
+        total, products = torch.zeros(2048, dtype=torch.float64), torch.zeros(2048, 2048, dtype=torch.float64, device=device)
+        features, probs = torch.zeros(kept, 2048), torch.zeros(kept, 1008)
+    for rows, x in images.blocks(n):
+        x, rows = torch.from_numpy(x), torch.tensor(rows, dtype=torch.int64)
+        there[rows] = 1
+        pixels[rows[rows < len(pixels)]] = x[rows < len(pixels)]
+        if inception and len(x):
+            # 16 at a time still fit into a CPU's cache.
+            parts = [inception(part.to(device).permute(0, 3, 1, 2)) for part in x.split(BLOCK if device.type == "cuda" else 16)]
+            f, logits = (torch.cat(both) for both in zip(*parts))
+            total += f.double().sum(0).cpu()
+            products += f.double().T @ f.double()
+            features[rows[rows < kept]] = f[rows < kept].cpu()
+            # Published scores leave out the bias of the last layer, as the code of Salimans et al. did.
+            probs[rows[rows < kept]] = (logits - inception.fc_bias).softmax(1)[rows < kept].cpu()
+        progress(BLOCK)
+    for tensor in (there, pixels, total, products, features, probs) if inception else (there, pixels):
+        if processes() > 1:
+            dist.all_reduce(tensor)                                 # where another process has its numbers, this one has zeros
+    seen, there = int(there.sum()), there.bool()
+    if seen < 2:
+        raise UserError(f"of {n} images {seen} can be read, too few to compare; name others")
+    found = Seen(seen, n - seen, pixels=pixels[there[:len(pixels)]].numpy())
+    if inception:
+        found.mu = (total / seen).numpy()
+        found.cov = (products.cpu().numpy() - seen * np.outer(found.mu, found.mu)) / (seen - 1)
+        found.rows = torch.nonzero(there[:kept]).flatten().numpy()
+        found.features = features[there[:kept]].numpy()
+        found.labels = None if images.labels is None else images.labels[:kept][found.rows]
+        found.score = np.array(inception_score(probs[there[:kept]].numpy(), min(10, len(found.rows))))
+    return found
+
+
+def see_real(images, inception, what="real images"):
+    """`see` for real images, which stay the same: what Inception sees in them is kept in a file, with what it was made from, and reused.
+
+    Only the first process may use the result."""
+    from train import together
+    if not inception:
+        return see(images, what=what)
+    source = images.source if images.source == "shapes" else str(Path(images.source).resolve())
+    made_from = json.dumps({"images": source, "fingerprint": images.fingerprint(), "n": images.n, "resolution": images.resolution,
+                            "network": inception.said, "resizer": inception.resizer})
+    path = CACHE / "statistics" / f"{zlib.crc32(made_from.encode()):08x}.npz"
+    found = read_statistics(path, made_from) if rank() == 0 and path.exists() else None
+    if together(lambda: found is not None, first_only=True):
+        pixels = see(images, what=what).pixels
+        if rank() == 0:
+            found.pixels = pixels
+        return found
+    found = see(images, inception, what)
+    if rank() == 0:
+        arrays = {name: getattr(found, name) for name in STORED if getattr(found, name) is not None}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_atomically(path, lambda f: np.savez(f, sigma=found.cov, made_from=made_from, **arrays))
+            tell(f"kept for the next time: {path}")
+        except OSError as error:
+            warn(f"the statistics of {images.source} cannot be kept in {path}: {error.strerror}")
+    return found
+
+
+STORED = ["n", "skipped", "mu", "features", "labels", "rows", "score"]       # and the covariance, as sigma, which pytorch-fid reads too
+
+
+def read_statistics(path, made_from=None):
+    """What `see_real` has kept, if it was made from this, or the mu and sigma of any other program. None if it is something else."""
+    try:
+        with np.load(path) as arrays:
+            if made_from and str(arrays["made_from"]) != made_from:
+                return None
+            found = Seen(**{name: arrays[name] for name in STORED if name in arrays.files} |
+                         {name: int(arrays[name]) if name in arrays.files else 0 for name in ("n", "skipped")})
+            found.cov, found.made_from = arrays["sigma"], json.loads(str(arrays.get("made_from", "{}")))
+        if found.mu.shape != (2048,) or found.cov.shape != (2048, 2048) or not (np.isfinite(found.mu).all() and np.isfinite(found.cov).all()):
+            return None
+        return found
+    except Exception:                                               # numpy and zipfile raise what their parsers do
+        return None
+
+
+def common_side(source):
+    """The largest power of two that the first readable image of a folder is not smaller than."""
+    from train import open_packed
+    if source == "shapes":
+        return 32
+    if source.endswith(".npz"):
+        return Array(source).images.shape[1]
+    if Path(source, "packed.json").exists():
+        return open_packed(source).images.shape[1]
+    for path in Files(source, 0).paths:
+        try:
+            with Image.open(path) as image:
+                side = min(image.size)
+        except Exception:                                           # it will be named when it is its turn
+            continue
+        if side < 16:
+            raise UserError(f"{path} is smaller than 16 pixels, too small for these scores")
+        return 2**int(math.log2(side))
+    raise UserError(f"{source} holds no readable image")
+
+
+# ---------------------------------------------------------------- scores
+
+PER_CLASS = 1000                                                    # images of a class, real and generated, for an FID of its own
+
+
+def compare(real, fake, classes=None):
+    """Every score that these two sets, as `see` describes them, allow: a dictionary. classes: names, if both sets have the same ones."""
+    scores = {}
+    if real.mu is not None and fake.mu is not None:
+        scores["fid"] = frechet_distance(real.mu, real.cov, fake.mu, fake.cov)
+        scores["is"], scores["is_deviation"] = map(float, fake.score)
+    if real.score is not None and fake.score is not None:
+        scores["real_is"] = float(real.score[0])
+    if real.features is not None and fake.features is not None:
+        fewest = min(len(real.features), len(fake.features))
+        # Half of the images at most: else all subsets would be the same, and their deviation nothing.
+        scores["kid_x1000"], scores["kid_x1000_deviation"] = (1000 * x for x in kernel_distance(real.features, fake.features, size=min(
+            1000, max(2, fewest // 2))))
+        if fewest > 3:
+            device = pick_device()
+            scores["precision"], scores["recall"] = precision_recall(*(torch.from_numpy(s.features).to(device) for s in (real, fake)))
+        if classes and real.labels is not None and fake.labels is not None:
+            of_class = [[s.features[s.labels == k].astype(np.float64) for s in (real, fake)] for k in range(len(classes))]
+            if all(min(map(len, pair)) >= PER_CLASS for pair in of_class):
+                scores["fid_per_class"] = {name: frechet_distance(*(m for x in pair for m in (x.mean(0), np.cov(x.T))))
+                                           for name, pair in zip(classes, of_class)}
+    if real.pixels is not None and fake.pixels is not None:
+        n = min(len(real.pixels), len(fake.pixels))
+        distances = pyramid_distances(real.pixels[:n], fake.pixels[:n])
+        scores["swd_n"], scores["swd_x1000"] = n, {str(side): round(1000 * d, 2) for side, d in distances.items()}
+        scores["swd_x1000_mean"] = round(1000 * sum(distances.values()) / len(distances), 2)
+        for name, pixels in ("real", real.pixels), ("fake", fake.pixels):
+            mean, spread = mean_colours(pixels)
+            scores[name + "_colour"] = {"mean": mean.round(1).tolist(), "spread": spread.round(1).tolist()}
+    return scores
 
 
 # ---------------------------------------------------------------- signs of collapse
@@ -208,135 +765,231 @@ class Monitor:
 
 
 # ---------------------------------------------------------------- the command
-# What reads images comes from train.py, which has already imported this file: hence the imports inside the functions.
 
-def find_images(source):
-    """All image files in a folder and the folders below it, in sorted order."""
-    from train import is_image
-    if not Path(source).is_dir():
-        raise UserError(f"{source} is not a folder of images, nor an array FILE.npz; name another")
-    paths = sorted(Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names if is_image(name))
-    if not paths:
-        raise UserError(f"{source} holds no images")
-    return paths
+COLUMNS = {"FID": ("fid", 2), "KID x 1000": ("kid_x1000", 2), "IS": ("is", 2), "precision": ("precision", 3), "recall": ("recall", 3),
+           "SWD x 1000": ("swd_x1000_mean", 2)}                     # heading: score, digits
 
 
-def load_images(source, resolution, n, seed):
-    """n images of a folder, packed or not, or freshly drawn shapes that training never sees: (n, R, R, 3) uint8.
-
-    Unreadable files are named."""
-    from train import Shapes, load_image, open_packed, some_images
-    if source == "shapes":
-        shapes = Shapes(resolution)
-        return np.stack([shapes[Shapes.length + seed * n + i][0] for i in range(n)])
-    if str(source).endswith(".npz"):
-        images = open_npz(source)
-        if len(images) < n:
-            raise UserError(f"{source} has {len(images)} images, fewer than --n {n}; pass --n {len(images)}")
-        if images.shape[1] != resolution:
-            raise UserError(f"{source} has images of {images.shape[1]} pixels and the others have {resolution}; draw it at their size")
-        return images[:n]
-    if Path(source, "packed.json").exists():
-        packed = open_packed(source, resolution)
-        if len(packed) < n:
-            raise UserError(f"{source} has {len(packed)} images, fewer than --n {n}; pass --n {len(packed)}")
-        return some_images(packed, n, seed)[0].numpy()
-    paths, images = find_images(source), []
-    for i in np.random.default_rng(seed).permutation(len(paths)):
-        if len(images) == n:
-            break
-        try:
-            images.append(load_image(paths[i], resolution))
-        except Exception as reason:                                 # Pillow raises whatever its decoders do
-            warn(f"skipped {paths[i]}: {reason}")
-    if len(images) < n:
-        raise UserError(f"{source} has {len(images)} readable images, fewer than --n {n}; pass --n {len(images)}")
-    return np.stack(images)
+def table(results, heading):
+    """Lines of text, a column for every score that there is."""
+    columns = {title: column for title, column in COLUMNS.items() if any(column[0] in result for _, result in results)}
+    lines = [[heading, *columns]]
+    for name, result in results:
+        cells = [" ± ".join(f"{result[k]:.{digits}f}" for k in (key, key + "_deviation") if k in result) for key, digits in columns.values()]
+        lines.append([name, *cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))]) for line in lines)
 
 
-def open_npz(path):
-    """The images (n, R, R, 3) uint8 in an array file of `sample.py --npz` or of anyone else, where they are the first array."""
-    try:
-        with np.load(path) as arrays:
-            images = arrays[arrays.files[0]]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
-            raise UserError(f"{path} holds {images.dtype} of shape {images.shape}, not (n, R, R, 3) uint8; name another")
-    except FileNotFoundError:
-        raise UserError(f"the array {path} does not exist; draw it with sample.py --npz, or name another") from None
-    except UserError:
-        raise
-    except Exception:                                               # numpy and zipfile raise what their parsers do
-        raise UserError(f"{path} is not an array of images as sample.py --npz writes it; name another") from None
-    return images
+def averages(results):
+    """Mean and deviation of every score over several results."""
+    found = {}
+    for key, _ in COLUMNS.values():
+        values = [result[key] for result in results if key in result]
+        if len(values) == len(results):
+            found[key], found[key + "_deviation"] = float(np.mean(values)), float(np.std(values, ddof=1))
+    return found
 
 
-def common_side(source):
-    """The largest power of two that the first readable image of a folder is not smaller than."""
-    from train import open_packed
-    if str(source).endswith(".npz"):
-        return open_npz(source).shape[1]
-    if Path(source, "packed.json").exists():
-        return open_packed(source).images.shape[1]
-    for path in find_images(source):
-        try:
-            with Image.open(path) as image:
-                side = min(image.size)
-        except Exception:                                           # load_images will name it
-            continue
-        if side < 16:
-            raise UserError(f"{path} is smaller than 16 pixels, too small for these scores")
-        return 2**int(math.log2(side))
-    raise UserError(f"{source} holds no readable image")
+def memory_of(weights, real, held_out):
+    """The probability that D takes a training image for more real than a held-out one of the same number, or None without a D.
+
+    1/2: D has learnt what images look like. Near 1: it knows its training images by heart (section 4.2)."""
+    found = read_weights(weights, to_train=True)
+    if not found.D:
+        return None
+    for images in real, held_out:
+        if images.labels is None or images.classes not in (None, found.classes):
+            raise UserError(f"{images.source} does not have the classes of {found.source}, which its discriminator needs; "
+                            "--data and --held-out need one sub-folder per class, or leave out --held-out")
+    D = Discriminator(found.config)
+    D.load_state_dict(found.D)
+    D.requires_grad_(False).eval().to(pick_device())
+    verdicts = []
+    for images in real, held_out:
+        verdicts.append([])
+        for b in range(-(-min(PATCHED, images.n) // BLOCK)):
+            rows, x = images[b]
+            x = torch.from_numpy(x).to(pick_device()).permute(0, 3, 1, 2).float() / 127.5 - 1
+            verdicts[-1] += D(x, torch.from_numpy(images.labels[rows]).to(pick_device())).tolist()
+    return chance_below(verdicts[1], verdicts[0])
+
+
+def neighbours_picture(real, seen_real, fake, seen_fake, distances, which, rows=10):
+    """The generated images that come closest to real ones, one per row, each with its nearest real images."""
+    closest = np.argsort(distances[:, 0])[:rows]
+    images = [image for i in closest for image in
+              [fake.image(int(seen_fake.rows[i])), *(real.image(int(seen_real.rows[j])) for j in which[i])]]
+    return image_grid(np.stack(images), 1 + which.shape[1])
+
+
+def plot(results, path):
+    """FID against IS, a point for each truncation (figure 17 of the paper)."""
+    from matplotlib.figure import Figure
+    figure = Figure((6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([r["is"] for _, r in results], [r["fid"] for _, r in results], "o-")
+    for name, r in results:
+        axes.annotate(name, (r["is"], r["fid"]), xytext=(5, 5), textcoords="offset points")
+    axes.set(xlabel="Inception score: fidelity, higher is better", ylabel="FID: fidelity and variety, lower is better",
+             title="truncation of the noise")
+    save_atomically(path, lambda f: figure.savefig(f, format="png", dpi=100))
 
 
 def main(arguments):
     parser = Parser(__doc__)
-    parser.add_argument("--weights", help="run folder or checkpoint to draw the images with (default: the newest run in runs/)")
+    parser.add_argument("--weights", nargs="+", metavar="W", help="what to draw the images with: whatever sample.py takes, one or several "
+                                                                  "(default: the newest run in runs/)")
     parser.add_argument("--fake", metavar="DIR", help="score the images in this folder, or in FILE.npz, instead")
-    parser.add_argument("--data", "--real", dest="data", metavar="DIR", help="folder of real images, or 'shapes'")
-    parser.add_argument("--n", type=at_least_one, default=2000, help="images of each kind; compare only scores of equal n (default: 2000)")
-    parser.add_argument("--trunc", type=positive, metavar="T", help="truncate the noise at T (default: not truncated; see sample.py)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="of the noise and the choice of images (default: 0)")
+    parser.add_argument("--data", "--real", dest="data", metavar="DIR",
+                        help="real images: a folder, packed or not, an array FILE.npz, 'shapes', or statistics with mu and sigma (FILE.npz)")
+    parser.add_argument("--n", type=at_least_one, help="generated images; compare only scores of equal n (default: 10,000, or all in --fake; "
+                                                       f"{PATCHED:,} without Inception)")
+    parser.add_argument("--n-real", type=at_least_one, metavar="N", help="real images (default: all there are)")
+    parser.add_argument("--trunc", type=positive, nargs="+", metavar="T", help="truncate the noise at T, one or several (see sample.py)")
+    parser.add_argument("--trunc-kind", choices=KINDS, help="what T means (see sample.py)")
+    parser.add_argument("--seed", type=seed_number, nargs="+", default=[0], help="of the noise, one or several (default: 0)")
+    parser.add_argument("--inception", metavar="FILE", help="Inception's weights (default: the published ones, fetched once), or none")
+    parser.add_argument("--resizer", choices=RESIZERS, default="pytorch",
+                        help="how images come to Inception's size: as in pytorch-fid, or as in the original of 2015 (default: pytorch)")
+    parser.add_argument("--held-out", metavar="DIR", help="images like those of --data that were not trained on: does G or D know the "
+                                                          "training images by heart?")
+    parser.add_argument("--neighbours", metavar="FILE.png", help="a picture of the samples that come closest to real images, beside these")
+    parser.add_argument("--plot", metavar="FILE.png", help="a picture of the curve over several --trunc (needs matplotlib)")
     parser.add_argument("--out", default="metrics.json", metavar="FILE.json", help="(default: metrics.json)")
     args = parser.parse_args(arguments)
     if not args.data:
         parser.error("--data DIR, the folder of real images to compare with, is missing")
-    if args.fake and (args.weights or args.trunc):
+    if args.fake and (args.weights or args.trunc or args.trunc_kind):
         parser.error("--fake excludes --weights and --trunc: score a folder or a generator")
-    if args.n < 2:
-        parser.error("--n must be at least 2, since a distribution is compared")
+    for name, number in ("--n", args.n), ("--n-real", args.n_real):
+        if number == 1:
+            parser.error(f"{name} must be at least 2, since a distribution is compared")
+    if args.plot and len(args.trunc or []) < 2:
+        parser.error("--plot draws a curve over several truncations; give --trunc two or more")
     out = check_output(args.out, ".json")
+    pictures = [check_output(path) for path in (args.plot, args.neighbours) if path]
+    if args.inception == "none" and pictures:
+        parser.error(f"{'--plot' if args.plot else '--neighbours'} needs Inception; leave out --inception none")
+    if args.plot:
+        try:
+            import matplotlib                                       # noqa: F401: now, not after an hour
+        except ImportError:
+            parser.error("--plot needs matplotlib; pip install matplotlib, or leave it out")
+    for image_set in args.data, args.fake, args.held_out:           # before anything is fetched or drawn
+        if image_set not in (None, "shapes") and not Path(image_set).exists():
+            raise UserError(f"{image_set} does not exist; name a folder of images or an array FILE.npz")
+    torch.backends.cudnn.allow_tf32 = False                         # scores are compared in their last digits
+    keep_freed_memory()
+    inception = Inception(find_inception(args.inception), args.resizer) if args.inception != "none" else None
 
-    if args.fake:
-        source = args.fake
-        resolution = 32 if source == "shapes" else common_side(source)
-        real = load_images(args.data, resolution, args.n, args.seed)
-        fake = load_images(source, resolution, args.n, args.seed)
+    # Generators get batch norm statistics for each truncation before the processes meet, so that these do not depend on how many there are.
+    states = []
+    for weights in ([] if args.fake else args.weights or [None]):
+        G = read_generator(weights)
+        for t in args.trunc or [None]:
+            prepare(G, t, args.trunc_kind)
+            states.append((G, t, G.noise, G.noise_said, G.statistics_said, {name: x.clone() for name, x in G.state_dict().items()
+                                                                            if "running_" in name}))
+    if len({G.config.resolution for G, *_ in states}) > 1:
+        raise UserError("the generators of --weights draw at different resolutions; score them one by one")
+    from train import join_processes
+    device = join_processes()
+    if inception:
+        inception.to(device)
+    resolution = states[0][0].config.resolution if states else common_side(args.fake)
+
+    stored = read_statistics(args.data) if args.data.endswith(".npz") else None
+    if stored:
+        for name, value in ("resolution", resolution), ("network", inception and inception.said), ("resizer", args.resizer):
+            if stored.made_from.get(name, value) != value:
+                raise UserError(f"the statistics {args.data} were made with {name} {stored.made_from[name]}, not {value}; "
+                                "give --data the images themselves")
+        real, seen_real = None, stored
     else:
-        G = read_generator(args.weights)
-        source, resolution = G.source, G.config.resolution
-        real = load_images(args.data, resolution, args.n, args.seed)
-        prepare(G, args.trunc)
-        labels = [i % G.config.n_classes for i in range(args.n)]    # every class equally often
-        fake = draw_seeds(G, labels, range(args.seed * args.n, (args.seed + 1) * args.n), G.noise)
+        real = Given(args.data, resolution, args.n_real or (args.n if args.data == "shapes" else None), "--n-real")
+        seen_real = see_real(real, inception, f"of {args.data}")
+    held_out = Given(args.held_out, resolution) if args.held_out else None
+    seen_held_out = see_real(held_out, inception, f"of {args.held_out}") if held_out and inception else None
 
-    distances = pyramid_distances(real, fake)
-    result = {"fake": source, "real": args.data, "n": args.n, "resolution": resolution, "seed": args.seed,
-              "truncation": args.trunc, "noise": None if args.fake else G.noise_said,
-              "swd_x1000": {str(side): round(1000 * d, 2) for side, d in distances.items()},
-              "swd_x1000_mean": round(1000 * sum(distances.values()) / len(distances), 2)}
-    for name, images in ("real", real), ("fake", fake):
-        mean, spread = mean_colours(images)
-        result[name + "_colour"] = {"mean": mean.round(1).tolist(), "spread": spread.round(1).tolist()}
-    save_atomically(out, lambda f: f.write(json.dumps(result, indent=1).encode()))
-    levels = ", ".join(f"{side}x{side} {d}" for side, d in result["swd_x1000"].items())
-    print(f"{args.n} images of {source} against {args.data}")
-    print(f"sliced Wasserstein distance x 1000: {levels}, mean {result['swd_x1000_mean']}")
-    for name in "real", "fake":
-        c = result[name + "_colour"]
-        print(f"mean colour of {name} images: {c['mean']}, varying by {c['spread']}")
-    print(f"written to {out}")
+    n = args.n or (10_000 if inception else PATCHED)
+    jobs = [(f"{'not truncated' if t is None else f'{t:g}'}", Drawn(G, n, seed, noise), G, state,
+             {"images": G.source, "seed": seed, "truncation": t, "noise": said, "batch_norm": statistics, "weights": "averaged (EMA)"})
+            for G, t, noise, said, statistics, state in states for seed in args.seed]
+    if args.fake:
+        jobs = [(Path(args.fake).name, Given(args.fake, resolution, args.n), None, None, {"images": args.fake})]
+    results = []
+    for name, fake, G, state, said in jobs:
+        if G:
+            G.load_state_dict({**G.state_dict(), **state})
+        seen = see(fake, inception, f"of {said['images']}, {name}" if G else f"of {args.fake}")
+        if rank() > 0:
+            continue
+        same = real and (fake.classes == real.classes or None in (fake.classes, real.classes))
+        result = {**said, "n": seen.n, "skipped": seen.skipped, "real": args.data, "n_real": seen_real.n, "real_skipped": seen_real.skipped,
+                  "resolution": resolution, "network": inception and inception.said, "resizer": inception and args.resizer,
+                  **compare(seen_real, seen, (real.classes or fake.classes) if same else None)}
+        if inception and (held_out or args.neighbours):
+            to_real = lambda s, k: nearest(*(torch.from_numpy(x.features).to(device) for x in (s, seen_real)), k)
+            distances, which = (x.cpu().numpy() for x in to_real(seen, min(5, len(seen_real.features))))
+            if held_out:
+                result["nearer_than_held_out"] = chance_below(distances[:, 0], to_real(seen_held_out, 1)[0][:, 0].cpu())
+            if args.neighbours:
+                picture = neighbours_picture(real, seen_real, fake, seen, distances, which)
+                save_atomically(args.neighbours, lambda f: picture.save(f, "PNG"))
+        if held_out and G:
+            result["D_memory"] = memory_of(G.source, real, held_out)
+        results.append((name, result))
+    if rank() == 0:
+        report(results, len(jobs) // len(args.trunc or [0]), out)
+        if args.plot:
+            plot(results, args.plot)
+    if processes() > 1:
+        dist.barrier()                                              # until all is written
+        dist.destroy_process_group()
+
+
+def report(results, repeated, out):
+    """Print the scores and write them, with all that makes them comparable. repeated: results per truncation."""
+    first, several = results[0][1], len({r["images"] for _, r in results}) > 1
+    rows = [(f"{name}" + (f", {r['images']}" if several else "") + (f", seed {r['seed']}" if repeated > 1 else ""), r) for name, r in results]
+    means = []
+    if repeated > 1:
+        for name in dict.fromkeys(name for name, _ in results):
+            means.append((f"{name}, mean of {repeated}", averages([r for other, r in results if other == name])))
+    tell(f"{first['n']:,} images of {'several' if several else first['images']} against {first['n_real'] or 'the statistics'} of {first['real']}, "
+         f"{first['resolution']}x{first['resolution']}")
+    if "fid" in first:
+        tell(f"network {first['network']}, resizer {first['resizer']}")
+    if "batch_norm" in first:
+        tell(f"noise {first['noise']}, seed {first['seed']}, batch norm's statistics {first['batch_norm']}" if len(results) == 1 else
+             f"batch norm's statistics {first['batch_norm']}")
+    tell(table(rows + means, "truncation" if "truncation" in first else "images"))
+    if "fid" in first and (fewest := min(first["n"], first["n_real"] or first["n"])) <= 2048:
+        tell(f"FID: {fewest:,} images are too few for 2,048 features, whose covariance has rank {fewest - 1:,} then; it is far too high, and "
+             "comparable only at the same numbers of images; KID is not biased")
+    for name, r in results if len(results) == 1 else []:
+        if "real_is" in r:
+            tell(f"the real images have an IS of {r['real_is']:.2f}")
+        if "fid_per_class" in r:
+            tell("FID per class: " + ", ".join(f"{k} {fid:.1f}" for k, fid in r["fid_per_class"].items()))
+        if "swd_x1000" in r:
+            tell(f"SWD x 1000 of {r['swd_n']:,} images: " + ", ".join(f"{side}x{side} {d}" for side, d in r["swd_x1000"].items()))
+            for kind in "real", "fake":
+                c = r[kind + "_colour"]
+                tell(f"mean colour of {kind} images: {c['mean']}, varying by {c['spread']}")
+        if "nearer_than_held_out" in r:
+            tell(f"a generated image lies nearer to the training images than a held-out one: {r['nearer_than_held_out']:.1%} (copies: near 100%)")
+        if r.get("D_memory") is not None:
+            tell(f"D takes a training image for more real than a held-out one: {r['D_memory']:.1%} (knows nothing by heart: 50%)")
+    for kind in "skipped", "real_skipped":
+        if first[kind]:
+            tell(f"{first[kind]} of the {'real' if kind == 'real_skipped' else 'generated'} images could not be read and are left out")
+    content = {"results": [r for _, r in results], "means": [{"of": name, **r} for name, r in means]}
+    save_atomically(out, lambda f: f.write(json.dumps(content, indent=1).encode()))
+    tell(f"written to {out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    import metrics                                                  # this file as train.py knows it
+    metrics.run(metrics.main)

@@ -113,6 +113,27 @@ def hours(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
+class Progress:
+    """Says every ten seconds how far the first process is with n images that all processes share."""
+
+    def __init__(self, n, what="images"):
+        self.n, self.what, self.done = n, what, 0
+        self.started = self.said_last = time.perf_counter()
+
+    def __call__(self, images):
+        self.done += images
+        now, done = time.perf_counter(), min(self.n, self.done * processes())
+        if rank() == 0 and (now - self.said_last > 10 or done == self.n and self.said_last > self.started):
+            self.said_last = now
+            rate = done / (now - self.started)
+            tell(f"{done:,}/{self.n:,} {self.what}  {rate:.0f} img/s  {hours((self.n - done) / max(rate, 1e-9))} left")
+
+
+def last_line(error):
+    """What an exception says; one that comes out of a data-loading worker puts a whole traceback before it."""
+    return (str(error).splitlines() or [type(error).__name__])[-1].strip().removeprefix("sample.UserError: ")[:300]
+
+
 def warn(sentence):
     # On a terminal the line of progress is still open.
     tell(("\n" if sys.stdout.isatty() else "") + f"warning: {sentence}", file=sys.stderr)
@@ -358,8 +379,8 @@ def find_weights(weights):
     return read_tensors(path), path
 
 
-def fetch_weights(urls, size, path, name):
-    """The first of these addresses that answers. Returns the path, where the file may lie already."""
+def fetch_weights(urls, size, path, name, otherwise="--weights shapes needs no network"):
+    """The first of these addresses that answers. Returns the path, where the file may lie already. otherwise: what needs no network."""
     if path.exists() and size and abs(path.stat().st_size - size) > size / 100:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes, not {size:,}; delete it and repeat the command")
     if not path.exists():
@@ -374,7 +395,7 @@ def fetch_weights(urls, size, path, name):
                 reasons.append(f"{url}: {error}")
         else:
             raise UserError(f"{name} could not be fetched ({'; '.join(reasons)}); fetch it on another machine from there, put it at "
-                            f"{path}, and repeat the command; --weights shapes needs no network")
+                            f"{path}, and repeat the command; {otherwise}")
     return path
 
 
@@ -467,8 +488,8 @@ def read_weights(weights=None, to_train=False):
     except KeyError as error:
         raise UserError(f"the weights in {path} are not complete: {error} is missing; get the file again") from None
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        reason = str(error).splitlines()[-1].strip()[:300]
-        raise UserError(f"the weights in {path} do not fit its configuration: {reason}; get the file again or use another one") from None
+        raise UserError(f"the weights in {path} do not fit its configuration: {last_line(error)}; "
+                        "get the file again or use another one") from None
     return found
 
 
@@ -516,7 +537,9 @@ def prepare(G, truncation=None, kind=None):
     if G.moments and kind == G.kind and (kind == "scale" or truncation == math.inf):
         moments = {name: interpolate(table, truncation) for name, table in G.moments.items()}
         G.load_state_dict(moments, strict=False)
+        G.statistics_said = "those of the weights"
         return G
+    G.statistics_said = f"gathered from {64 * STANDING_BATCHES:,} images of this noise"
     path = Path(f"{G.source}.{kind}-{truncation:g}.stats")
     try:
         kept = read_tensors(path)
@@ -754,18 +777,13 @@ def write_npz(G, classes, n, seed, out):
         return tell(f"{out} is complete already") if rank() == 0 else None
     labels = np.resize(classes, n)
     images, done = (np.load(part / f"{name}.npy", mmap_mode="r+") for name in ("images", "done"))
-    missing = missing[rank()::processes()]
-    started = said_last = time.perf_counter()
-    for k, block in enumerate(missing, start=1):
+    progress = Progress(len(missing) * NPZ_BLOCK)
+    for block in missing[rank()::processes()]:
         rows = range(block * NPZ_BLOCK, min(n, (block + 1) * NPZ_BLOCK))
         images[rows.start:rows.stop] = draw_seeds(G, labels[rows.start:rows.stop], [seed + i for i in rows], G.noise)
         images.flush()                                              # on the disk before the mark that says so
         done[block] = 1
-        now = time.perf_counter()
-        if rank() == 0 and (now - said_last > 10 or k == len(missing)):
-            said_last, rate = now, k * NPZ_BLOCK * processes() / (now - started)
-            left = hours((len(missing) - k) * NPZ_BLOCK * processes() / rate)
-            tell(f"{min(n, int(np.sum(done)) * NPZ_BLOCK):,}/{n:,} images  {rate:.0f} img/s  {left} left")
+        progress(NPZ_BLOCK)
     if processes() > 1:
         dist.barrier()
     if rank() == 0:

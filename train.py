@@ -48,7 +48,7 @@ from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, 
                     matrix_layers, orthogonal_regularisation, power_iteration, processes, r1_penalty, rank, sigma_pull, singular_values,
                     standing_statistics, truncated_normal)
 from metrics import Monitor, pyramid_distances, spread_within
-from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw_seeds, fetch, file_trouble, hours, image_grid,
+from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw_seeds, fetch, file_trouble, hours, image_grid, last_line,
                     keep_freed_memory, newest_checkpoint, pick_device, read_checkpoint, read_weights, run, save_atomically, tell, warn)
 
 
@@ -667,11 +667,6 @@ def give_up(sentence):
     if store is not None and rank() == 0:
         store.underlying_store.set("given up", sentence)
     raise SystemExit(1 if rank() else f"error: {sentence}")
-
-
-def last_line(error):
-    """What an exception says; one that comes out of a data-loading worker puts a whole traceback before it."""
-    return str(error).splitlines()[-1].removeprefix("sample.UserError: ")
 
 
 def together(work, *arguments, first_only=False):
