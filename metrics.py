@@ -16,6 +16,7 @@ train.py watches), the command.
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -43,19 +44,21 @@ from sample import (CACHE, KINDS, Parser, Progress, UserError, at_least_one, che
 def frechet_distance(mu1, cov1, mu2, cov2):
     """Squared Frechet distance between two Gaussians: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). Means (d,), covariances (d, d).
 
-    With Inception's features it is the FID (Heusel et al. 2017). With C1 = A A^T, the product C1 C2 has the eigenvalues of the symmetric
-    A^T C2 A, which are real and not negative, also where a covariance has no full rank: tr (C1 C2)^(1/2) is the sum of their roots."""
+    With Inception's features it is the FID (Heusel et al. 2017). With C1 = A A^T and C2 = B B^T, the eigenvalues of C1 C2 are the
+    squares of the singular values of A^T B, whose sum is the trace of the root: real and not negative, whatever the rank."""
     mu1, cov1, mu2, cov2 = (np.asarray(a, np.float64) for a in (mu1, cov1, mu2, cov2))
-    values, vectors = np.linalg.eigh(cov1)
-    A = vectors * without_rounding(values)**0.5
-    product = A.T @ cov2 @ A
-    trace_of_root = (without_rounding(np.linalg.eigvalsh((product + product.T) / 2))**0.5).sum()
+    trace_of_root = np.linalg.svd(factor(cov1).T @ factor(cov2), compute_uv=False).sum()
     return float(max(0, np.square(mu1 - mu2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root))
 
 
-def without_rounding(eigenvalues):
-    """Eigenvalues that are zero but for rounding, also slightly negative ones, become 0: their roots would count."""
-    return np.where(eigenvalues > 2e-14 * eigenvalues.max(), eigenvalues, 0)
+def factor(cov):
+    """A (d, rank) with A A^T = C."""
+    try:
+        return np.linalg.cholesky(cov)
+    except np.linalg.LinAlgError:                                   # no full rank, since there are no more points than dimensions
+        values, vectors = np.linalg.eigh(cov)
+        nonzero = values > 1e-12 * values[-1]                       # zeros come out as roundings, whose roots would count
+        return vectors[:, nonzero] * np.sqrt(values[nonzero])
 
 
 def inception_score(probs, splits=10):
@@ -227,6 +230,7 @@ def mean_colours(images):
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"                                       # how it begins, as the file's name says
+INCEPTION = CACHE / INCEPTION_URL.rpartition("/")[2]                # where it is kept
 RESIZERS = {  # name: pixel i of the larger or smaller image lies at which place, in pixels of the one before, `step` of which make one
     "pytorch": lambda i, step: (i + 0.5) * step - 0.5,              # pixels are squares, and those of both images cover the same area
     "tensorflow": lambda i, step: i * step}                         # pixels are points, and the first ones coincide
@@ -235,8 +239,8 @@ RESIZERS = {  # name: pixel i of the larger or smaller image lies at which place
 class Inception(nn.Module):
     """Images (N, 3, H, W) uint8 -> pool features (N, 2048), logits (N, 1008).
 
-    weights: the path of the published file, or a state dictionary with the same names. resizer: how images come to 299 x 299, "pytorch" as in
-    the pytorch-fid package, "tensorflow" as in the original of 2015. Raises UserError for weights of another kind."""
+    weights: the path of the published file, or a state dictionary with the same names. resizer: how images come to 299 x 299, "pytorch"
+    as in the pytorch-fid package, "tensorflow" as in the original of 2015. Raises UserError for weights of another kind."""
 
     def __init__(self, weights, resizer="pytorch"):
         super().__init__()
@@ -364,12 +368,11 @@ def find_inception(path=None):
         if not Path(path).is_file():
             raise UserError(f"the Inception weights {path} do not exist; leave out --inception to fetch them, or name the file")
         return Path(path)
-    path = CACHE / INCEPTION_URL.rpartition("/")[2]
-    fetch_weights([INCEPTION_URL], None, path, "Inception's network", "--inception none scores without it")
-    if not (found := sha256(path)).startswith(INCEPTION_SHA256):
-        raise UserError(f"{path} is damaged or another file: its sha256 begins with {found}, not {INCEPTION_SHA256}; "
+    fetch_weights([INCEPTION_URL], None, INCEPTION, "Inception's network", "--inception none scores without it")
+    if (found := sha256(INCEPTION)) != INCEPTION_SHA256:
+        raise UserError(f"{INCEPTION} is damaged or another file: its sha256 begins with {found}, not {INCEPTION_SHA256}; "
                         "delete it and repeat the command")
-    return path
+    return INCEPTION
 
 
 def sha256(path):                                                   # how it begins: enough to tell files apart
@@ -383,14 +386,14 @@ def sha256(path):                                                   # how it beg
 
 BLOCK = 64                                                          # images
 KEPT = 50_000                                                       # images of which features are kept; the FID uses all there are
-PATCHED = 2000                                                      # images whose patches are compared
+PATCHED = 32 * BLOCK                                                # images whose patches are compared
 
 
 class Given:
-    """The images of a folder, packed or not, of an array, or freshly drawn shapes that training never sees, in a random order that is always
-    the same: all, or the first n of them. labels (n,) and classes (names), or None where there are none."""
+    """The images of a folder, packed or not, of an array, or drawn shapes that training never sees, in a random order that is always the
+    same: all (but no more than `most`), or the first n of them. labels (n,) and classes (names), or None where there are none."""
 
-    def __init__(self, source, resolution, n=None, option="--n"):
+    def __init__(self, source, resolution, n=None, option="--n", most=None):
         from train import Shapes, open_packed
         self.source, self.resolution = str(source), resolution
         if source == "shapes":
@@ -407,7 +410,7 @@ class Given:
             self.data = Files(source, resolution)
         if n and n > len(self.data):
             raise UserError(f"{source} has {len(self.data)} images, fewer than {option} {n}; pass {option} {len(self.data)}")
-        self.n, self.classes = n or len(self.data), self.data.classes
+        self.n, self.classes = n or min(len(self.data), most or len(self.data)), self.data.classes
         # Drawn shapes come class after class as they are.
         self.order = np.arange(self.n) if source == "shapes" else np.random.default_rng(0).permutation(len(self.data))[:self.n]
         self.labels = None if self.data.labels is None else np.asarray(self.data.labels, np.int64)[self.order]
@@ -423,8 +426,9 @@ class Given:
                 warn(f"skipped {self.data.paths[self.order[row]] if isinstance(self.data, Files) else self.source}: {reason}")
         return rows, np.array(images, np.uint8).reshape(-1, self.resolution, self.resolution, 3)
 
-    def blocks(self, n=None):
-        numbers = range(rank(), -(-(n or self.n) // BLOCK), processes())
+    def blocks(self, n):
+        """This process's share of the first n images."""
+        numbers = range(rank(), -(-n // BLOCK), processes())
         return torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, collate_fn=lambda block: block,
                                            num_workers=8 if torch.cuda.is_available() and isinstance(self.data, Files) else 0)
 
@@ -466,7 +470,7 @@ class Files:
 
 
 class Array:
-    """An array file of `sample.py --npz` or of anyone else: the first array is images (n, R, R, 3) uint8, a second one (n,) their labels."""
+    """An array file of `sample.py --npz` or of anyone else: first images (n, R, R, 3) uint8, then perhaps their labels (n,)."""
 
     classes = None
 
@@ -516,16 +520,17 @@ class Drawn:
         self.G, self.n, self.first, self.noise, self.resolution = G, n, seed * n, noise, G.config.resolution
         self.labels, self.classes = np.arange(n) % G.config.n_classes, getattr(G, "classes", None)
 
-    def draw(self, rows):
-        return draw_seeds(self.G, self.labels[rows], [self.first + int(row) for row in rows], self.noise)
+    def __getitem__(self, b):
+        """Block b: its rows, their images (k, R, R, 3) uint8."""
+        rows = np.arange(b * BLOCK, (b + 1) * BLOCK)                # a whole block, whose end may be more than what is wanted
+        images = draw_seeds(self.G, rows % self.G.config.n_classes, (self.first + rows).tolist(), self.noise)
+        return rows[rows < self.n].tolist(), images[rows < self.n]
 
-    def blocks(self, n=None):
-        for b in range(rank(), -(-self.n // BLOCK), processes()):
-            rows = list(range(b * BLOCK, min((b + 1) * BLOCK, self.n)))
-            yield rows, self.draw(rows)
+    def blocks(self, n):
+        return (self[b] for b in range(rank(), -(-n // BLOCK), processes()))
 
     def image(self, row):
-        return self.draw([row])[0]
+        return self[row // BLOCK][1][row % BLOCK]
 
 
 @dataclass
@@ -557,9 +562,11 @@ def see(images, inception=None, what=""):
         there[rows] = 1
         pixels[rows[rows < len(pixels)]] = x[rows < len(pixels)]
         if inception and len(x):
-            # 16 at a time still fit into a CPU's cache.
-            parts = [inception(part.to(device).permute(0, 3, 1, 2)) for part in x.split(BLOCK if device.type == "cuda" else 16)]
-            f, logits = (torch.cat(both) for both in zip(*parts))
+            # 16 at a time fit into a CPU's cache. Always as many: a convolution of fewer may add up in another order.
+            batch = BLOCK if device.type == "cuda" else 16
+            filled_up = F.pad(x.permute(0, 3, 1, 2), (0, 0, 0, 0, 0, 0, 0, -len(x) % batch))
+            parts = [inception(part.to(device)) for part in filled_up.split(batch)]
+            f, logits = (torch.cat(both)[:len(x)] for both in zip(*parts))
             total += f.double().sum(0).cpu()
             products += f.double().T @ f.double()
             features[rows[rows < kept]] = f[rows < kept].cpu()
@@ -624,9 +631,8 @@ def read_statistics(path, made_from=None):
             found = Seen(**{name: arrays[name] for name in STORED if name in arrays.files} |
                          {name: int(arrays[name]) if name in arrays.files else 0 for name in ("n", "skipped")})
             found.cov, found.made_from = arrays["sigma"], json.loads(str(arrays.get("made_from", "{}")))
-        if found.mu.shape != (2048,) or found.cov.shape != (2048, 2048) or not (np.isfinite(found.mu).all() and np.isfinite(found.cov).all()):
-            return None
-        return found
+        shaped = found.mu.shape == (2048,) and found.cov.shape == (2048, 2048)
+        return found if shaped and np.isfinite(found.mu).all() and np.isfinite(found.cov).all() else None
     except Exception:                                               # numpy and zipfile raise what their parsers do
         return None
 
@@ -713,8 +719,9 @@ class Monitor:
     worse, looks = 2, 2     # score above this many times the best one, at so many looks in succession
     max_rollbacks = 3
 
-    diversity: float = 0.0                                          # the highest so far; these four are saved in checkpoints
-    score: float = math.inf                                         # the best so far ...
+    diversity: float = 0.0                                          # the highest so far; these five are saved in checkpoints
+    score: float = math.inf                                         # the best so far (the FID, where it is measured) ...
+    judged_by: str = "score"
     best: int = 0                                                   # ... and its step
     rollbacks: int = 0
 
@@ -748,19 +755,22 @@ class Monitor:
             before, step = min((line["sigma_0"][layer], line["step"]) for line in earlier)
             if sigma > self.growth * before:
                 reason = f"the largest singular value of {layer} explodes: {before:.3g} at step {step}, {sigma:.3g} now"
-        scores = [line["score"] for line in self.log if "score" in line][-self.looks:]
+        name = "fid" if "fid" in entry else "score" if "score" in entry else self.judged_by
+        if name != self.judged_by:
+            self.judged_by, self.score = name, math.inf             # the two cannot be compared
+        scores = [line[name] for line in self.log if name in line][-self.looks:]
         if len(scores) == self.looks and min(scores) > self.worse * self.score:
-            reason = f"the score is {scores[-1]:.1f}, at step {self.best} it was {self.score:.1f}"
-        measured = {"diversity": entry["diversity"], "score": entry.get("score", 0.0), **entry["sigma_0"]}
+            reason = f"the {name} is {scores[-1]:.1f}, at step {self.best} it was {self.score:.1f}"
+        measured = {"diversity": entry["diversity"], name: entry.get(name, 0.0), **entry["sigma_0"]}
         for name, value in measured.items():
             if not math.isfinite(value):
                 reason = f"{name} is no longer a finite number"
         if reason:
             self.log = []                                           # it takes new lines to say so again
             return reason, False
-        best = entry.get("score", math.inf) < self.score
+        best = entry.get(name, math.inf) < self.score
         if best:
-            self.score, self.best = entry["score"], entry["step"]
+            self.score, self.best = entry[name], entry["step"]
         return None, best
 
 
@@ -775,8 +785,8 @@ def table(results, heading):
     columns = {title: column for title, column in COLUMNS.items() if any(column[0] in result for _, result in results)}
     lines = [[heading, *columns]]
     for name, result in results:
-        cells = [" ± ".join(f"{result[k]:.{digits}f}" for k in (key, key + "_deviation") if k in result) for key, digits in columns.values()]
-        lines.append([name, *cells])
+        lines.append([name, *(" ± ".join(f"{result[k]:.{digits}f}" for k in (key, key + "_deviation") if k in result)
+                              for key, digits in columns.values())])
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))]) for line in lines)
 
@@ -842,9 +852,9 @@ def main(arguments):
                                                                   "(default: the newest run in runs/)")
     parser.add_argument("--fake", metavar="DIR", help="score the images in this folder, or in FILE.npz, instead")
     parser.add_argument("--data", "--real", dest="data", metavar="DIR",
-                        help="real images: a folder, packed or not, an array FILE.npz, 'shapes', or statistics with mu and sigma (FILE.npz)")
-    parser.add_argument("--n", type=at_least_one, help="generated images; compare only scores of equal n (default: 10,000, or all in --fake; "
-                                                       f"{PATCHED:,} without Inception)")
+                        help="real images: a folder, packed or not, an array FILE.npz, 'shapes', or statistics (FILE.npz with mu and sigma)")
+    parser.add_argument("--n", type=at_least_one, help="generated images; compare only scores of equal n (default: 10,000, or all "
+                                                       f"of --fake; {PATCHED:,} without Inception)")
     parser.add_argument("--n-real", type=at_least_one, metavar="N", help="real images (default: all there are)")
     parser.add_argument("--trunc", type=positive, nargs="+", metavar="T", help="truncate the noise at T, one or several (see sample.py)")
     parser.add_argument("--trunc-kind", choices=KINDS, help="what T means (see sample.py)")
@@ -871,11 +881,8 @@ def main(arguments):
     pictures = [check_output(path) for path in (args.plot, args.neighbours) if path]
     if args.inception == "none" and pictures:
         parser.error(f"{'--plot' if args.plot else '--neighbours'} needs Inception; leave out --inception none")
-    if args.plot:
-        try:
-            import matplotlib                                       # noqa: F401: now, not after an hour
-        except ImportError:
-            parser.error("--plot needs matplotlib; pip install matplotlib, or leave it out")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib; pip install matplotlib, or leave it out")
     for image_set in args.data, args.fake, args.held_out:           # before anything is fetched or drawn
         if image_set not in (None, "shapes") and not Path(image_set).exists():
             raise UserError(f"{image_set} does not exist; name a folder of images or an array FILE.npz")
@@ -952,13 +959,13 @@ def main(arguments):
 def report(results, repeated, out):
     """Print the scores and write them, with all that makes them comparable. repeated: results per truncation."""
     first, several = results[0][1], len({r["images"] for _, r in results}) > 1
-    rows = [(f"{name}" + (f", {r['images']}" if several else "") + (f", seed {r['seed']}" if repeated > 1 else ""), r) for name, r in results]
+    rows = [(name + (f", {r['images']}" if several else "") + (f", seed {r['seed']}" if repeated > 1 else ""), r) for name, r in results]
     means = []
     if repeated > 1:
         for name in dict.fromkeys(name for name, _ in results):
             means.append((f"{name}, mean of {repeated}", averages([r for other, r in results if other == name])))
-    tell(f"{first['n']:,} images of {'several' if several else first['images']} against {first['n_real'] or 'the statistics'} of {first['real']}, "
-         f"{first['resolution']}x{first['resolution']}")
+    tell(f"{first['n']:,} images of {'several' if several else first['images']} against {first['n_real'] or 'the statistics'} "
+         f"of {first['real']}, {first['resolution']}x{first['resolution']}")
     if "fid" in first:
         tell(f"network {first['network']}, resizer {first['resizer']}")
     if "batch_norm" in first:
@@ -966,8 +973,8 @@ def report(results, repeated, out):
              f"batch norm's statistics {first['batch_norm']}")
     tell(table(rows + means, "truncation" if "truncation" in first else "images"))
     if "fid" in first and (fewest := min(first["n"], first["n_real"] or first["n"])) <= 2048:
-        tell(f"FID: {fewest:,} images are too few for 2,048 features, whose covariance has rank {fewest - 1:,} then; it is far too high, and "
-             "comparable only at the same numbers of images; KID is not biased")
+        tell(f"FID: {fewest:,} images are too few for 2,048 features, whose covariance has rank {fewest - 1:,} then; it is far too high, "
+             "and comparable only at the same numbers of images; KID is not biased")
     for name, r in results if len(results) == 1 else []:
         if "real_is" in r:
             tell(f"the real images have an IS of {r['real_is']:.2f}")
@@ -979,7 +986,8 @@ def report(results, repeated, out):
                 c = r[kind + "_colour"]
                 tell(f"mean colour of {kind} images: {c['mean']}, varying by {c['spread']}")
         if "nearer_than_held_out" in r:
-            tell(f"a generated image lies nearer to the training images than a held-out one: {r['nearer_than_held_out']:.1%} (copies: near 100%)")
+            tell("a generated image lies nearer to the training images than a held-out one: "
+                 f"{r['nearer_than_held_out']:.1%} (copies: near 100%)")
         if r.get("D_memory") is not None:
             tell(f"D takes a training image for more real than a held-out one: {r['D_memory']:.1%} (knows nothing by heart: 50%)")
     for kind in "skipped", "real_skipped":
@@ -991,5 +999,4 @@ def report(results, repeated, out):
 
 
 if __name__ == "__main__":
-    import metrics                                                  # this file as train.py knows it
-    metrics.run(metrics.main)
+    run(main)

@@ -47,7 +47,8 @@ from torch.distributed.rendezvous import rendezvous
 from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, clamp_sigma, fold_spectral_norm, gradient_penalty,
                     matrix_layers, orthogonal_regularisation, power_iteration, processes, r1_penalty, rank, sigma_pull, singular_values,
                     standing_statistics, truncated_normal)
-from metrics import Monitor, pyramid_distances, spread_within
+from metrics import (INCEPTION, Drawn, Given, Inception, Monitor, find_inception, frechet_distance, pyramid_distances, see, see_real,
+                     spread_within)
 from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw_seeds, fetch, file_trouble, hours, image_grid, last_line,
                     keep_freed_memory, newest_checkpoint, pick_device, read_checkpoint, read_weights, run, save_atomically, tell, warn)
 
@@ -95,8 +96,11 @@ class Settings:
     seed: int = option(0, "of weights, noise and data order")
     workers: int = option(None, "processes that decode images (default: 8 beside a GPU, 0 on a CPU)")
     held_out: str = option(None, "folder of held-out images of the same classes: does D take them for real as often as those of --data?")
+    fid: int = option(None, "generated images for the FID at every look, which needs Inception's weights (default: 10,000 on a GPU if "
+                            "metrics.py has fetched them, else 0)")
     log_every: int = option(50, "steps between lines of log.jsonl")
-    eval_every: int = option(1000, "steps between looks at every layer's first three singular values and, with --held-out, at D's memory")
+    eval_every: int = option(1000, "steps between looks at the score, the FID, every layer's singular values and, with --held-out, "
+                                   "at D's memory")
     sample_every: int = option(1000, "steps between sample grids")
     save_every: int = option(1000, "steps between checkpoints")
     keep: int = option(3, "how many of the newest checkpoints to keep, besides the one with the best score")
@@ -134,8 +138,8 @@ PRESETS = {  # what differs from the defaults above
 }
 
 # These may differ when a run is continued: they change where and how long, not what is computed.
-FREE_TO_CHANGE = {"data", "pack", "out", "held_out", "steps", "workers", "log_every", "sample_every", "save_every", "eval_every", "keep",
-                  "keep_every", "on_collapse", "compile"}
+FREE_TO_CHANGE = {"data", "pack", "out", "held_out", "fid", "steps", "workers", "log_every", "sample_every", "save_every", "eval_every",
+                  "keep", "keep_every", "on_collapse", "compile"}
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}              # what autocast computes convolutions and products in
 
@@ -1217,6 +1221,20 @@ def references(data, seed):
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
 
+def fid_of(trainer, s):
+    """A function from G to its FID, if it is to be measured and can be. It is for all processes to call; the first one knows the result."""
+    wanted = s.fid if s.fid is not None else 10_000 if trainer.device.type == "cuda" and INCEPTION.exists() else 0
+    if not wanted:
+        return None
+    inception = Inception(together(find_inception)).to(trainer.device)
+    real = see_real(Given(s.data, trainer.config.resolution, wanted if s.data == "shapes" else None, most=50_000), inception)
+
+    def measure(G):
+        fake = see(Drawn(G, wanted), inception)
+        return frechet_distance(real.mu, real.cov, fake.mu, fake.cov) if rank() == 0 else None
+    return measure
+
+
 def look_closer(trainer, data, held_out, fake, s):
     """What is measured now and then: the score, every layer's singular values, and whether D knows its training images by heart."""
     real = some_images(data, SCORED, s.seed)[0].numpy()
@@ -1248,6 +1266,7 @@ def train(trainer, data, held_out, s):
     if log:
         trainer.monitor.log = log.newest
         real, labels = references(data, s.seed)
+    measure_fid = fid_of(trainer, s)
     real_batches = batches(data, s, trainer.step, trainer.device)
     sums, since, started = 0, trainer.step, time.perf_counter()
     saved = trainer.step                                            # the newest step that is on the disk
@@ -1269,12 +1288,14 @@ def train(trainer, data, held_out, s):
             seconds = (time.perf_counter() - started) / (step - since)
             entry = {"step": step, **means, "seconds_per_step": seconds, "images_per_second": s.batch / seconds}
             fake = draw_together(G, [k % trainer.config.n_classes for k in range(SCORED)], range(SCORED)) if due(s.eval_every) else None
+            fid = measure_fid(G) if measure_fid and due(s.eval_every) else None
             if log:
                 entry |= trainer.signs(real, labels)
                 say(progress(entry, s), end=end_of_line)
                 if due(s.eval_every):
                     measured, text = look_closer(trainer, data, held_out, fake, s)
-                    entry |= measured
+                    entry |= measured | ({} if fid is None else {"fid": fid})
+                    text = text if fid is None else f"FID {fid:.2f}; {text}"
                     say(f"step {step}: {text}\033[K" if sys.stdout.isatty() else text)
             before = trainer.monitor.state_dict()
             reason, best, state = together(lambda: (*trainer.monitor.judge(entry), trainer.monitor.state_dict()), first_only=True)
