@@ -2,14 +2,14 @@
 # make test    the tests (4 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (2 minutes)
 # make trial   thirty kills, a collapse and a full disk (5 minutes, as root)
-# make peers   images and speed beside the PyPI package pytorch-pretrained-biggan, which it installs (5 minutes)
+# make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (6 minutes)
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 
 PYTHON ?= python3
 
 demo: .venv/ready
 	.venv/bin/python train.py --preset shapes
-	.venv/bin/python metrics.py --weights runs/shapes --data shapes
+	.venv/bin/python metrics.py --weights runs/shapes --data shapes --inception none
 	.venv/bin/python sample.py --weights runs/shapes --class all --n 10 --out shapes.png
 
 test: .venv/ready
@@ -23,6 +23,7 @@ trial: .venv/ready
 
 peers: .venv/ready
 	.venv/bin/python -m pip install --quiet pytorch-pretrained-biggan==0.1.1 scipy
+	.venv/bin/python -m pip install --quiet --no-deps pytorch-fid==0.3.0 torchvision==0.29.2
 	.venv/bin/python -m pytest -q -s -o python_functions='peer_*' test_biggan.py
 
 .venv/ready: requirements.txt

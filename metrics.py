@@ -17,6 +17,7 @@ train.py watches), the command.
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from PIL import Image
 from torch import nn
 
 from biggan import Discriminator, processes, rank, truncated_normal
-from sample import (CACHE, KINDS, Parser, Progress, UserError, at_least_one, check_output, draw_seeds, fetch_weights,
+from sample import (CACHE, KINDS, Parser, Progress, UserError, at_least_one, check_output, check_truncation, draw_seeds, fetch_weights,
                     image_grid, keep_freed_memory, last_line, pick_device, positive, prepare, read_generator, read_tensors, read_weights,
                     run, save_atomically, seed_number, tell, warn)
 
@@ -49,6 +50,16 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     mu1, cov1, mu2, cov2 = (np.asarray(a, np.float64) for a in (mu1, cov1, mu2, cov2))
     trace_of_root = np.linalg.svd(factor(cov1).T @ factor(cov2), compute_uv=False).sum()
     return float(max(0, np.square(mu1 - mu2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root))
+
+
+def expected_frechet_distance(cov, n, m):
+    """What the Frechet distance between samples of n and m points of the same Gaussian is on average, to first order in 1/n and 1/m: how
+    far the FID is too high only because there are so few images. With the eigenvalues l of C it is
+    (1/n + 1/m) (sum l_i + 1/2 sum (1 + [i = j]) l_i l_j / (l_i + l_j))."""
+    values = np.linalg.eigvalsh(cov)
+    values = values[values > 1e-12 * values[-1]]
+    pairs = np.outer(values, values) / np.add.outer(values, values)
+    return float((1 / n + 1 / m) * (values.sum() + (pairs.sum() + np.trace(pairs)) / 2))
 
 
 def factor(cov):
@@ -384,9 +395,9 @@ def sha256(path):                                                   # how it beg
 # Images come from a folder or from a generator, in blocks, of which every process takes its share. What reads files comes from train.py,
 # which has already imported this one: hence the imports inside the functions.
 
-BLOCK = 64                                                          # images
-KEPT = 50_000                                                       # images of which features are kept; the FID uses all there are
-PATCHED = 32 * BLOCK                                                # images whose patches are compared
+BLOCK = 64                                                          # images: what a process takes at a time
+KEPT = 50_000                                                       # the first images, whose features are kept; the FID uses all there are
+PATCHED = 32 * BLOCK                                                # the first images, whose patches are compared
 
 
 class Given:
@@ -454,12 +465,10 @@ class Files:
         self.paths = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names if is_image(name))
         if not self.paths:
             raise UserError(f"{root} holds no images")
-        names = [path.relative_to(root).parts[:-1][:1] for path in self.paths]
-        self.classes, self.labels = sorted({name[0] for name in names if name}), None
-        if all(names):
-            self.labels = np.unique([name[0] for name in names], return_inverse=True)[1]
-        else:
-            self.classes = None
+        names, self.classes, self.labels = [path.relative_to(root).parts for path in self.paths], None, None
+        if all(len(parts) > 1 for parts in names):
+            self.classes, self.labels = np.unique([parts[0] for parts in names], return_inverse=True)
+            self.classes = self.classes.tolist()
 
     def __len__(self):
         return len(self.paths)
@@ -535,7 +544,7 @@ class Drawn:
 
 @dataclass
 class Seen:
-    """What is kept of a set of images: numpy arrays, the same in all processes."""
+    """What is kept of a set of images."""
     n: int                                                          # images
     skipped: int = 0                                                # those that could not be read
     mu: np.ndarray = None                                           # mean (2048,) and covariance (2048, 2048) of Inception's features
@@ -669,6 +678,8 @@ def compare(real, fake, classes=None):
     if real.mu is not None and fake.mu is not None:
         scores["fid"] = frechet_distance(real.mu, real.cov, fake.mu, fake.cov)
         scores["is"], scores["is_deviation"] = map(float, fake.score)
+        if real.n:
+            scores["fid_of_real"] = expected_frechet_distance(real.cov, real.n, fake.n)
     if real.score is not None and fake.score is not None:
         scores["real_is"] = float(real.score[0])
     if real.features is not None and fake.features is not None:
@@ -755,22 +766,22 @@ class Monitor:
             before, step = min((line["sigma_0"][layer], line["step"]) for line in earlier)
             if sigma > self.growth * before:
                 reason = f"the largest singular value of {layer} explodes: {before:.3g} at step {step}, {sigma:.3g} now"
-        name = "fid" if "fid" in entry else "score" if "score" in entry else self.judged_by
-        if name != self.judged_by:
-            self.judged_by, self.score = name, math.inf             # the two cannot be compared
-        scores = [line[name] for line in self.log if name in line][-self.looks:]
+        judge = "fid" if "fid" in entry else "score" if "score" in entry else self.judged_by
+        if judge != self.judged_by:
+            self.judged_by, self.score = judge, math.inf            # the two cannot be compared
+        scores = [line[judge] for line in self.log if judge in line][-self.looks:]
         if len(scores) == self.looks and min(scores) > self.worse * self.score:
-            reason = f"the {name} is {scores[-1]:.1f}, at step {self.best} it was {self.score:.1f}"
-        measured = {"diversity": entry["diversity"], name: entry.get(name, 0.0), **entry["sigma_0"]}
+            reason = f"the {judge} is {scores[-1]:.1f}, at step {self.best} it was {self.score:.1f}"
+        measured = {"diversity": entry["diversity"], judge: entry.get(judge, 0.0), **entry["sigma_0"]}
         for name, value in measured.items():
             if not math.isfinite(value):
                 reason = f"{name} is no longer a finite number"
         if reason:
             self.log = []                                           # it takes new lines to say so again
             return reason, False
-        best = entry.get(name, math.inf) < self.score
+        best = entry.get(judge, math.inf) < self.score
         if best:
-            self.score, self.best = entry[name], entry["step"]
+            self.score, self.best = entry[judge], entry["step"]
         return None, best
 
 
@@ -852,9 +863,9 @@ def main(arguments):
                                                                   "(default: the newest run in runs/)")
     parser.add_argument("--fake", metavar="DIR", help="score the images in this folder, or in FILE.npz, instead")
     parser.add_argument("--data", "--real", dest="data", metavar="DIR",
-                        help="real images: a folder, packed or not, an array FILE.npz, 'shapes', or statistics (FILE.npz with mu and sigma)")
-    parser.add_argument("--n", type=at_least_one, help="generated images; compare only scores of equal n (default: 10,000, or all "
-                                                       f"of --fake; {PATCHED:,} without Inception)")
+                        help="real images: a folder, packed or not, an array FILE.npz, 'shapes', or statistics, mu and sigma in FILE.npz")
+    parser.add_argument("--n", type=at_least_one, help="generated images; compare only scores of equal n "
+                                                       f"(default: 10,000, or all of --fake; {PATCHED:,} without Inception)")
     parser.add_argument("--n-real", type=at_least_one, metavar="N", help="real images (default: all there are)")
     parser.add_argument("--trunc", type=positive, nargs="+", metavar="T", help="truncate the noise at T, one or several (see sample.py)")
     parser.add_argument("--trunc-kind", choices=KINDS, help="what T means (see sample.py)")
@@ -888,48 +899,53 @@ def main(arguments):
             raise UserError(f"{image_set} does not exist; name a folder of images or an array FILE.npz")
     torch.backends.cudnn.allow_tf32 = False                         # scores are compared in their last digits
     keep_freed_memory()
+
+    # What is compared, and can it be? All of it is looked at before anything is fetched or drawn.
+    Gs = [] if args.fake else [read_generator(weights) for weights in args.weights or [None]]
+    for G, t in itertools.product(Gs, args.trunc or []):
+        check_truncation(t, args.trunc_kind or G.kind)
+    resolutions = {G.config.resolution for G in Gs} or {common_side(args.fake)}
+    if len(resolutions) > 1:
+        raise UserError("the generators of --weights draw at different resolutions; score them one by one")
+    resolution = resolutions.pop()
+    stored = read_statistics(args.data) if args.data.endswith(".npz") else None
+    if stored and (args.held_out or args.neighbours or args.inception == "none"):
+        raise UserError(f"{args.data} holds statistics; --held-out, --neighbours and --inception none need the images themselves as --data")
+    real = None if stored else Given(args.data, resolution, args.n_real or (args.n if args.data == "shapes" else None), "--n-real")
+    held_out = Given(args.held_out, resolution) if args.held_out else None
+    given = Given(args.fake, resolution, args.n) if args.fake else None
     inception = Inception(find_inception(args.inception), args.resizer) if args.inception != "none" else None
+    for name, value in ("resolution", resolution), ("network", inception and inception.said), ("resizer", args.resizer):
+        if stored and stored.made_from.get(name, value) != value:
+            raise UserError(f"the statistics {args.data} were made with {name} {stored.made_from[name]}, not {value}; "
+                            "give --data the images themselves")
 
     # Generators get batch norm statistics for each truncation before the processes meet, so that these do not depend on how many there are.
-    states = []
-    for weights in ([] if args.fake else args.weights or [None]):
-        G = read_generator(weights)
-        for t in args.trunc or [None]:
-            prepare(G, t, args.trunc_kind)
-            states.append((G, t, G.noise, G.noise_said, G.statistics_said, {name: x.clone() for name, x in G.state_dict().items()
-                                                                            if "running_" in name}))
-    if len({G.config.resolution for G, *_ in states}) > 1:
-        raise UserError("the generators of --weights draw at different resolutions; score them one by one")
-    from train import join_processes
-    device = join_processes()
+    n, jobs = args.n or (10_000 if inception else PATCHED), []
+    for G, t in itertools.product(Gs, args.trunc or [None]):
+        prepare(G, t, args.trunc_kind)
+        state, said = G.state_dict(), {"truncation": t, "noise": G.noise_said, "batch_norm": G.statistics_said, "weights": "averaged (EMA)"}
+        state = {name: tensor.clone() for name, tensor in state.items() if "running_" in name}
+        jobs += [("not truncated" if t is None else f"{t:g}", Drawn(G, n, seed, G.noise), state, {"images": G.source, "seed": seed, **said})
+                 for seed in args.seed]
+    if args.fake:
+        jobs = [(Path(args.fake).name, given, None, {"images": args.fake})]
+    if args.neighbours and len(jobs) > 1:
+        raise UserError("--neighbours shows one set of samples; give --weights, --trunc and --seed one value each")
+
+    from train import join_processes, together
+    device, own = join_processes(), [G.fingerprint for G in Gs]
+    if together(lambda: own, first_only=True) != own:               # the run has a new checkpoint since the first process looked
+        raise UserError("the processes have read different weights; give --weights one checkpoint, not a run that goes on")
     if inception:
         inception.to(device)
-    resolution = states[0][0].config.resolution if states else common_side(args.fake)
-
-    stored = read_statistics(args.data) if args.data.endswith(".npz") else None
-    if stored:
-        for name, value in ("resolution", resolution), ("network", inception and inception.said), ("resizer", args.resizer):
-            if stored.made_from.get(name, value) != value:
-                raise UserError(f"the statistics {args.data} were made with {name} {stored.made_from[name]}, not {value}; "
-                                "give --data the images themselves")
-        real, seen_real = None, stored
-    else:
-        real = Given(args.data, resolution, args.n_real or (args.n if args.data == "shapes" else None), "--n-real")
-        seen_real = see_real(real, inception, f"of {args.data}")
-    held_out = Given(args.held_out, resolution) if args.held_out else None
+    seen_real = stored or see_real(real, inception, f"of {args.data}")
     seen_held_out = see_real(held_out, inception, f"of {args.held_out}") if held_out and inception else None
-
-    n = args.n or (10_000 if inception else PATCHED)
-    jobs = [(f"{'not truncated' if t is None else f'{t:g}'}", Drawn(G, n, seed, noise), G, state,
-             {"images": G.source, "seed": seed, "truncation": t, "noise": said, "batch_norm": statistics, "weights": "averaged (EMA)"})
-            for G, t, noise, said, statistics, state in states for seed in args.seed]
-    if args.fake:
-        jobs = [(Path(args.fake).name, Given(args.fake, resolution, args.n), None, None, {"images": args.fake})]
-    results = []
-    for name, fake, G, state, said in jobs:
-        if G:
-            G.load_state_dict({**G.state_dict(), **state})
-        seen = see(fake, inception, f"of {said['images']}, {name}" if G else f"of {args.fake}")
+    memory, results = {}, []                                        # memory: of each generator's D
+    for name, fake, state, said in jobs:
+        if state:
+            fake.G.load_state_dict({**fake.G.state_dict(), **state})
+        seen = see(fake, inception, f"of {said['images']}, {name}" if state else f"of {args.fake}")
         if rank() > 0:
             continue
         same = real and (fake.classes == real.classes or None in (fake.classes, real.classes))
@@ -944,8 +960,10 @@ def main(arguments):
             if args.neighbours:
                 picture = neighbours_picture(real, seen_real, fake, seen, distances, which)
                 save_atomically(args.neighbours, lambda f: picture.save(f, "PNG"))
-        if held_out and G:
-            result["D_memory"] = memory_of(G.source, real, held_out)
+        if held_out and Gs:
+            if said["images"] not in memory:
+                memory[said["images"]] = memory_of(said["images"], real, held_out)
+            result["D_memory"] = memory[said["images"]]
         results.append((name, result))
     if rank() == 0:
         report(results, len(jobs) // len(args.trunc or [0]), out)
@@ -972,6 +990,8 @@ def report(results, repeated, out):
         tell(f"noise {first['noise']}, seed {first['seed']}, batch norm's statistics {first['batch_norm']}" if len(results) == 1 else
              f"batch norm's statistics {first['batch_norm']}")
     tell(table(rows + means, "truncation" if "truncation" in first else "images"))
+    if "fid_of_real" in first and min(first["n"], first["n_real"]) > 2048:
+        tell(f"other real images, as many, would have an FID of about {first['fid_of_real']:.2f}, and a KID of 0")
     if "fid" in first and (fewest := min(first["n"], first["n_real"] or first["n"])) <= 2048:
         tell(f"FID: {fewest:,} images are too few for 2,048 features, whose covariance has rank {fewest - 1:,} then; it is far too high, "
              "and comparable only at the same numbers of images; KID is not biased")

@@ -80,17 +80,24 @@ class Parser(argparse.ArgumentParser):
 
 def run(main):
     """Run a command: a UserError, or a file that cannot be read or written, becomes one line on stderr and exit status 2."""
+    status = 0
     try:
         main(sys.argv[1:])
     except UserError as error:
+        status = 2
         if first_process():                                         # of several they all know, and one says it
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except OSError as error:
+        status = 2
         print(f"error: {file_trouble(error)}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # The threads of a process group outlive it; one that needs the interpreter while that is being taken down would abort the process.
+        tell(end="")
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def first_process():                                                # also before the processes have met
@@ -594,6 +601,8 @@ def draw(G, z, y, batch=None):
                                 "or hide the GPU: CUDA_VISIBLE_DEVICES=-1") from None
             batch //= 2
             continue
+        if not x.isfinite().all():                                  # which a byte would hide
+            raise UserError(f"{getattr(G, 'source', 'the generator')} draws pixels that are not finite numbers; use an earlier checkpoint")
         images.append(((x + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(images)
 

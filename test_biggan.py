@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import zipfile
@@ -36,6 +37,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFont
 from torch import nn
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()                       # before sample.py looks: tests neither use nor change the user's
 
 import biggan
 import metrics
@@ -925,9 +928,18 @@ def test_frechet_distance_of_gaussians_on_paper():
     assert math.isclose(metrics.frechet_distance(mu, s**2 * eye, 0 * mu, eye), 9 + d * (1 - s)**2)
     a, b = np.array([1.0, 4, 9, 16]), np.array([4.0, 4, 1, 0])          # diagonal: sum of (sqrt a - sqrt b)^2
     assert math.isclose(metrics.frechet_distance(mu, np.diag(a), mu, np.diag(b)), 1 + 0 + 4 + 16)
-    few = np.random.default_rng(0).normal(size=(3, 50))                 # rank 2 in 50 dimensions
-    cov = np.cov(few.T)
-    assert abs(metrics.frechet_distance(0, cov, 0, cov)) < 1e-6
+
+
+def test_frechet_distance_of_fewer_points_than_dimensions_is_finite_and_not_negative():
+    # 100 points in 2,048 dimensions span 99: the trace of the root is the sum of the singular values of the product of the points.
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(100, 2048)), 2 * rng.normal(size=(150, 2048)) + 1
+    distance = metrics.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T))
+    cx, cy = (x - x.mean(0)) / math.sqrt(99), (y - y.mean(0)) / math.sqrt(149)
+    root = np.linalg.svd(cx @ cy.T, compute_uv=False).sum()
+    assert math.isclose(distance, ((x.mean(0) - y.mean(0))**2).sum() + (cx**2).sum() + (cy**2).sum() - 2 * root, rel_tol=1e-10)
+    same = metrics.frechet_distance(x.mean(0), np.cov(x.T), x.mean(0), np.cov(x.T))
+    assert 0 <= same < 1e-9 * (cx**2).sum()
 
 
 def test_frechet_distance_of_correlated_gaussians():
@@ -957,6 +969,65 @@ def test_inception_score_is_one_for_sameness_and_k_for_certain_balanced_classes(
     close(metrics.inception_score(np.tile(np.eye(5), (20, 1))), [5, 0])
     with pytest.raises(ValueError):
         metrics.inception_score(np.eye(5), splits=10)
+
+
+def test_the_frechet_distance_to_expect_of_small_samples():
+    # One dimension, variance v: (1/n + 1/m) (v + v/2). A unit matrix, n = m: 2d/n for the mean and d (d + 1) / 2n for the covariance.
+    close(metrics.expected_frechet_distance([[3.0]], 10, 20), (1 / 10 + 1 / 20) * 4.5)
+    close(metrics.expected_frechet_distance(np.eye(5), 100, 100), 2 * 5 / 100 + 5 * 6 / 200)
+    rng, scale = np.random.default_rng(0), np.array([1, 2, 3, 0.5])
+    sample_moments = lambda n: (lambda x: (x.mean(0), np.cov(x.T)))(scale * rng.normal(size=(n, 4)))
+    distances = [metrics.frechet_distance(*sample_moments(200), *sample_moments(300)) for _ in range(300)]
+    close(np.mean(distances), metrics.expected_frechet_distance(np.diag(scale**2), 200, 300), rtol=0.05)
+
+
+def test_kernel_distance_of_points_on_paper():
+    # One dimension: k(0, 0) = 1, k(1, 1) = (1 + 1)^3 = 8, k(0, 1) = 1. Twice 0 against twice 1: 1 + 8 - 2.
+    close(metrics.kernel_distance([[0.0], [0]], [[1.0], [1]]), [7, 0])
+    # Pairs of a point and itself do not count: of {0, 1} the only pair is (0, 1). 1 + 1 - 2 (1 + 1 + 1 + 8) / 4.
+    close(metrics.kernel_distance([[0.0], [1]], [[0.0], [1]]), [2 - 5.5, 0])
+
+
+def test_kernel_distance_is_the_mean_over_all_pairs_and_has_no_bias():
+    a, b = torch.randn(7, 3, dtype=torch.float64), torch.rand(9, 3, dtype=torch.float64)[:7]
+    k = lambda x, y: (sum(p * q for p, q in zip(x, y)) / 3 + 1)**3
+    within = [sum(k(s[i], s[j]) for i in range(7) for j in range(7) if i != j) / 42 for s in (a, b)]
+    expected = sum(within) - 2 * sum(k(x, y) for x in a for y in b) / 49
+    close(metrics.kernel_distance(a, b), [expected, 0])
+    # Halves of the same set: zero on average, while the Frechet distance of so few points is far from it.
+    points = torch.randn(4000, 20, dtype=torch.float64)
+    mean, deviation = metrics.kernel_distance(points[:2000], points[2000:], subsets=50, size=200)
+    assert abs(mean) < 3 * deviation / math.sqrt(50) + 0.01 and deviation > 0
+
+
+def test_precision_and_recall_on_paper():
+    # On a line, k = 1. Real 0, 1, 10 reach 1, 1 and 9 far; fake 0.5, 30, 31 reach 29.5, 1 and 1.
+    real, fake = torch.tensor([[0.0], [1], [10]]), torch.tensor([[0.5], [30], [31]])
+    close(metrics.precision_recall(real, fake, k=1), [1 / 3, 1])
+    close(metrics.precision_recall(fake, real, k=1), [1, 1 / 3])
+    points = torch.randn(50, 4)
+    assert metrics.precision_recall(points, points) == (1, 1) and metrics.precision_recall(points, points + 100) == (0, 0)
+    with pytest.raises(ValueError, match="no 3 neighbours"):
+        metrics.precision_recall(points[:3], points)
+
+
+def test_precision_and_recall_equal_all_distances_looked_at_one_by_one():
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(40, 5)), 1.5 * rng.normal(size=(30, 5))
+    d = lambda x, y: math.sqrt(sum((x - y)**2))
+    reach = lambda points: [sorted(d(p, q) for q in points)[3] for p in points]             # the 0th is the point itself
+    share = lambda points, centres: np.mean([any(d(p, c) <= r for c, r in zip(centres, reach(centres))) for p in points])
+    close(metrics.precision_recall(torch.from_numpy(real), torch.from_numpy(fake), at_a_time=7), [share(fake, real), share(real, fake)])
+    distances, which = metrics.nearest(torch.from_numpy(fake), torch.from_numpy(real), k=2, at_a_time=7)
+    assert which.tolist() == [sorted(range(40), key=lambda j: d(p, real[j]))[:2] for p in fake]
+    close(distances[:, 0], [min(d(p, q) for q in real) for p in fake])
+    torch.testing.assert_close(metrics.nearest(*2 * [torch.from_numpy(real)], k=1, same=True, at_a_time=7)[0][:, 0],
+                               torch.cdist(*2 * [torch.from_numpy(real)]).fill_diagonal_(9).min(1).values)
+
+
+def test_the_chance_to_be_below_counts_pairs():
+    assert metrics.chance_below([1, 2, 2], [2, 3]) == (2 + 1.5 + 1.5) / 6
+    assert metrics.chance_below([5, 6], [1, 2, 3]) == 0 and metrics.chance_below([1], [1]) == 0.5
 
 
 def test_sliced_wasserstein_of_a_shift_is_its_mean_projection():
@@ -989,20 +1060,336 @@ def test_the_pyramid_adds_up_to_the_image():
 
 def test_patches_are_cut_from_the_image():
     x = torch.arange(2 * 100).reshape(2, 1, 10, 10)
-    p = metrics.patches(x, per_image=3, side=2)
+    p = metrics.patches(x, torch.Generator(), per_image=3, side=2)
     assert p.shape == (6, 4)
     assert all((row - row[0]).tolist() == [0, 1, 10, 11] for row in p) and (p[:3] < 100).all() and (p[3:] >= 100).all()
 
 
+def drawn_shapes(first, end):
+    """Shapes that training never sees, (n, 32, 32, 3) uint8, classes in turn."""
+    data = train.Shapes(32, held_out=True)
+    return np.stack([data[i][0] for i in range(first, end)])
+
+
 def test_worse_images_are_farther_away():
-    shapes = train.Shapes(32)
-    images = np.stack([shapes[i][0] for i in range(200)])
-    real, other = images[:100], images[100:]
+    real, other = drawn_shapes(0, 100), drawn_shapes(100, 200)
     noise = np.random.default_rng(0).normal(size=other.shape)
     scores = [sum(metrics.pyramid_distances(real, (other + s * noise).clip(0, 255).astype(np.uint8)).values()) for s in (0, 10, 40)]
     grey = other.mean(3, keepdims=True).repeat(3, 3).astype(np.uint8)
     assert scores[0] < scores[1] < scores[2]
     assert sum(metrics.pyramid_distances(real, grey).values()) > 2 * scores[0]
+
+
+# ---------------------------------------------------------------- Inception
+
+def plain_inception(x, state):
+    """The network of 2015 on images in [-1, 1], (N, 3, 299, 299), one torch operation at a time: features, logits.
+
+    Weights that `state` lacks are drawn at random: with an empty one this is how to make a state laid out like the published file."""
+    def conv(x, name, filters, kernel, stride=1, padding=0):
+        height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        if f"{name}.conv.weight" not in state:
+            state[f"{name}.conv.weight"] = torch.randn(filters, x.shape[1], height, width) * math.sqrt(2 / (x.shape[1] * height * width))
+            state[f"{name}.bn.weight"], state[f"{name}.bn.bias"] = torch.rand(filters) + 0.5, 0.2 * torch.randn(filters)
+            state[f"{name}.bn.running_mean"], state[f"{name}.bn.running_var"] = 0.2 * torch.randn(filters), torch.rand(filters) + 0.5
+            state[f"{name}.bn.num_batches_tracked"] = torch.tensor(7)
+        x = F.conv2d(x, state[f"{name}.conv.weight"], stride=stride, padding=padding)
+        norm = [state[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+        return F.relu(F.batch_norm(x, *norm, eps=1e-3))
+
+    average = lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    x = conv(x, "Conv2d_1a_3x3", 32, 3, 2)
+    x = conv(x, "Conv2d_2a_3x3", 32, 3)
+    x = F.max_pool2d(conv(x, "Conv2d_2b_3x3", 64, 3, 1, 1), 3, 2)
+    x = conv(x, "Conv2d_3b_1x1", 80, 1)
+    x = F.max_pool2d(conv(x, "Conv2d_4a_3x3", 192, 3), 3, 2)
+    for m, pooled in ("Mixed_5b.", 32), ("Mixed_5c.", 64), ("Mixed_5d.", 64):
+        five = conv(conv(x, m + "branch5x5_1", 48, 1), m + "branch5x5_2", 64, 5, padding=2)
+        double = conv(conv(x, m + "branch3x3dbl_1", 64, 1), m + "branch3x3dbl_2", 96, 3, padding=1)
+        double = conv(double, m + "branch3x3dbl_3", 96, 3, padding=1)
+        x = torch.cat([conv(x, m + "branch1x1", 64, 1), five, double, conv(average(x), m + "branch_pool", pooled, 1)], 1)
+    m = "Mixed_6a."
+    double = conv(conv(x, m + "branch3x3dbl_1", 64, 1), m + "branch3x3dbl_2", 96, 3, padding=1)
+    x = torch.cat([conv(x, m + "branch3x3", 384, 3, 2), conv(double, m + "branch3x3dbl_3", 96, 3, 2), F.max_pool2d(x, 3, 2)], 1)
+    for m, c in ("Mixed_6b.", 128), ("Mixed_6c.", 160), ("Mixed_6d.", 160), ("Mixed_6e.", 192):
+        seven, double = conv(x, m + "branch7x7_1", c, 1), conv(x, m + "branch7x7dbl_1", c, 1)
+        seven = conv(conv(seven, m + "branch7x7_2", c, (1, 7), padding=(0, 3)), m + "branch7x7_3", 192, (7, 1), padding=(3, 0))
+        double = conv(conv(double, m + "branch7x7dbl_2", c, (7, 1), padding=(3, 0)), m + "branch7x7dbl_3", c, (1, 7), padding=(0, 3))
+        double = conv(conv(double, m + "branch7x7dbl_4", c, (7, 1), padding=(3, 0)), m + "branch7x7dbl_5", 192, (1, 7), padding=(0, 3))
+        x = torch.cat([conv(x, m + "branch1x1", 192, 1), seven, double, conv(average(x), m + "branch_pool", 192, 1)], 1)
+    m = "Mixed_7a."
+    seven = conv(conv(x, m + "branch7x7x3_1", 192, 1), m + "branch7x7x3_2", 192, (1, 7), padding=(0, 3))
+    seven = conv(conv(seven, m + "branch7x7x3_3", 192, (7, 1), padding=(3, 0)), m + "branch7x7x3_4", 192, 3, 2)
+    x = torch.cat([conv(conv(x, m + "branch3x3_1", 192, 1), m + "branch3x3_2", 320, 3, 2), seven, F.max_pool2d(x, 3, 2)], 1)
+    for m, pool in ("Mixed_7b.", average), ("Mixed_7c.", lambda x: F.max_pool2d(x, 3, 1, 1)):
+        three = conv(x, m + "branch3x3_1", 384, 1)
+        double = conv(conv(x, m + "branch3x3dbl_1", 448, 1), m + "branch3x3dbl_2", 384, 3, padding=1)
+        forked = [conv(branch, m + name + letter, 384, kernel, padding=padding) for branch, name in ((three, "branch3x3_2"),
+                  (double, "branch3x3dbl_3")) for letter, kernel, padding in (("a", (1, 3), (0, 1)), ("b", (3, 1), (1, 0)))]
+        x = torch.cat([conv(x, m + "branch1x1", 320, 1), *forked, conv(pool(x), m + "branch_pool", 192, 1)], 1)
+    features = F.adaptive_avg_pool2d(x, 1).flatten(1)
+    if "fc.weight" not in state:
+        state["fc.weight"], state["fc.bias"] = torch.randn(1008, 2048) / 45, torch.randn(1008)
+    return features, F.linear(features, state["fc.weight"], state["fc.bias"])
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Random weights laid out like the published ones."""
+    torch.manual_seed(0)
+    state, path = {}, tmp_path_factory.mktemp("inception") / "inception.pth"
+    plain_inception(torch.zeros(1, 3, 299, 299), state)
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (299, 299), (256, 341)])
+def test_inception_equals_one_operation_at_a_time(inception_file, height, width):
+    x = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+    state = torch.load(inception_file)
+    resized = F.interpolate(x.float() / 255, (299, 299), mode="bilinear", align_corners=False)
+    features, logits = plain_inception(2 * resized - 1, state)
+    ours = metrics.Inception(state)(x)
+    assert ours[0].shape == (2, 2048) and ours[1].shape == (2, 1008) and features.std() > 0.05
+    close(ours[0], features, atol=1e-5, rtol=1e-5), close(ours[1], logits, atol=1e-4, rtol=1e-5)
+    assert sum(tensor.numel() for name, tensor in state.items() if name.endswith(("conv.weight", "fc.weight"))) == 23_815_520
+
+
+def test_inceptions_two_ways_to_resize():
+    # Two pixels made four. As squares, the new centres lie at -1/4, 1/4, 3/4, 5/4; as points, at 0, 1/2, 1, 3/2. Outside is the last one.
+    line = torch.tensor([[[[0.0, 8]]]]).expand(1, 1, 2, 2)
+    close(metrics.resize(line, 4, metrics.RESIZERS["pytorch"])[0, 0, 0], [0, 2, 6, 8])
+    close(metrics.resize(line, 4, metrics.RESIZERS["tensorflow"])[0, 0, 0], [0, 4, 8, 8])
+    # Four made two: every second one as points, the mean of two as squares.
+    line = torch.tensor([[[[0.0, 2, 4, 6]]]]).expand(1, 1, 4, 4)
+    close(metrics.resize(line, 2, metrics.RESIZERS["pytorch"])[0, 0, 0], [1, 5])
+    close(metrics.resize(line, 2, metrics.RESIZERS["tensorflow"])[0, 0, 0], [0, 4])
+    for height, width in (32, 32), (299, 299), (375, 500), (1, 7):
+        x = 255 * torch.rand(1, 3, height, width)
+        close(metrics.resize(x, 299, metrics.RESIZERS["pytorch"]), F.interpolate(x, (299, 299), mode="bilinear"), atol=0.02)
+
+
+def test_the_original_resizer_gives_other_features(inception_file):
+    x = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8)
+    state = torch.load(inception_file)
+    original = metrics.Inception(state, "tensorflow")
+    close(original(x)[0], plain_inception((x.float() - 128) / 128, state)[0], atol=1e-5, rtol=1e-5)
+    assert (original(x)[0] - metrics.Inception(state)(x)[0]).abs().max() > 1e-3
+    with pytest.raises(sample.UserError, match="no resizer bicubic; there are pytorch and tensorflow"):
+        metrics.Inception(state, "bicubic")
+    with pytest.raises(ValueError, match="images are .* uint8, not .* of torch.float32"):
+        original(x.float())
+
+
+@pytest.mark.parametrize("spoil, sentence", [
+    (lambda state: state.pop("Mixed_6c.branch7x7dbl_3.conv.weight"), "Mixed_6c branch7x7dbl_3"),
+    (lambda state: state.pop("Mixed_6c.branch7x7dbl_3.bn.running_var"), "Mixed_6c.branch7x7dbl_3.bn.running_var"),
+    (lambda state: state.update({"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}), "it has 1000 outputs, not 1,008"),
+    (lambda state: state.update({"Mixed_7a.branch3x3_1.conv.weight": torch.zeros(192, 768, 3, 3)[:, :7]}), "not those of 2015"),
+    (lambda state: state["Mixed_7a.branch3x3_1.bn.bias"].fill_(math.inf), "not finite, in Mixed_7a branch3x3_1 bias"),
+    (lambda state: state.update(trap=Trap()), "could run code"),
+    (lambda state: state.clear(), "fc.weight"),
+])
+def test_other_weights_than_inceptions_are_refused(inception_file, tmp_path, spoil, sentence):
+    state = torch.load(inception_file)
+    spoil(state)
+    torch.save(state, tmp_path / "bad.pth")
+    with pytest.raises(sample.UserError, match=sentence):
+        metrics.Inception(tmp_path / "bad.pth")
+
+
+def test_inception_is_fetched_once_and_its_hash_is_checked(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(metrics, "INCEPTION_URL", server.url)
+    monkeypatch.setattr(metrics, "INCEPTION", tmp_path / "cache" / "inception.pth")
+    with pytest.raises(sample.UserError, match="is damaged or another file: its sha256 begins with .*, not 6726825d; delete it"):
+        metrics.find_inception()
+    monkeypatch.setattr(metrics, "INCEPTION_SHA256", hashlib.sha256(server.content).hexdigest()[:8])
+    assert metrics.find_inception().read_bytes() == server.content and len(server.asked) == 1
+    with pytest.raises(sample.UserError, match="nothing.pth do not exist"):
+        metrics.find_inception("nothing.pth")
+    metrics.INCEPTION.unlink()
+    monkeypatch.setattr(metrics, "INCEPTION_URL", "http://localhost:1/none")
+    with pytest.raises(sample.UserError, match="could not be fetched .*put it at .*inception.pth.*--inception none scores without it"):
+        metrics.find_inception()
+
+
+def test_what_is_seen_are_the_moments_of_all_images_and_unreadable_ones_are_named(inception_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "BLOCK", 16)
+    monkeypatch.setattr(metrics, "KEPT", 20)                            # features of 19 images, moments of all
+    shapes = drawn_shapes(0, 30)
+    for i, image in enumerate(shapes):
+        folder = tmp_path / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    given = metrics.Given(tmp_path / "images", 32)
+    broken = given.order[5]
+    given.data.paths[broken].write_bytes(b"no image")
+    inception = metrics.Inception(inception_file)
+    seen = metrics.see(given, inception)
+    assert (seen.n, seen.skipped) == (29, 1) and given.data.paths[broken].name in capsys.readouterr().err and given.classes == ["a", "b"]
+    numbers = [int(given.data.paths[i].stem) for i in given.order if i != broken]
+    assert sorted(numbers) == [i for i in range(30) if i != int(given.data.paths[broken].stem)]
+    assert seen.rows.tolist() == [row for row in range(20) if row != 5] and seen.labels.tolist() == [i % 2 for i in numbers[:19]]
+    features, logits = inception(torch.from_numpy(shapes[numbers]).permute(0, 3, 1, 2))
+    close(seen.features, features[:19], atol=1e-5)
+    close(seen.mu, features.double().mean(0), 1e-6), close(seen.cov, np.cov(features.double().numpy().T), 1e-6)
+    assert np.array_equal(seen.pixels, shapes[numbers])
+    # The Inception score of the published code: softmax without the bias.
+    probs = (logits - torch.load(inception_file)["fc.bias"])[:19].softmax(1)
+    close(seen.score, metrics.inception_score(probs), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_seen_of_real_images_is_kept_until_they_change(inception_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "CACHE", tmp_path / "cache")
+    for i, image in enumerate(drawn_shapes(0, 6)):
+        picture(tmp_path / "images" / "ab"[i % 2], f"{i}.png")
+        Image.fromarray(image).save(tmp_path / "images" / "ab"[i % 2] / f"{i}.png")
+    looks = []
+
+    def see_again(**options):
+        inception = metrics.Inception(inception_file, **options)
+        inception.register_forward_hook(lambda *_: looks.append(1))
+        looks.clear()
+        return metrics.see_real(metrics.Given(tmp_path / "images", 32), inception), len(looks)
+
+    one, first = see_again()
+    two, second = see_again()
+    assert (first, second) == (1, 0)
+    for name in "mu", "cov", "features", "labels", "rows", "score", "pixels":
+        assert np.array_equal(getattr(one, name), getattr(two, name)), name
+    assert see_again(resizer="tensorflow")[1] == 1
+    os.utime(tmp_path / "images" / "a" / "0.png", (1, 1))
+    assert see_again()[1] == 1
+    kept = next((tmp_path / "cache" / "statistics").glob("*.npz"))
+    kept.write_bytes(kept.read_bytes()[:1000])                          # damaged: made again
+    assert see_again()[1] + see_again(resizer="tensorflow")[1] >= 1
+
+
+def test_scores_are_the_same_on_one_and_two_processes(inception_file, tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 16)                           # two blocks of each set
+    command = ["--weights", tiny_run, "--data", "shapes", "--n", 24, "--n-real", 20, "--trunc", 0.9, "--inception", inception_file]
+    start(*command, "--out", tmp_path / "1.json", module=metrics)
+    for kept in [*Path(metrics.CACHE, "statistics").glob("*.npz"), *tiny_run.rglob("*.stats")]:
+        kept.unlink()
+    code = "import sys, metrics; metrics.BLOCK = 16; metrics.run(metrics.main)"
+    process = run_command("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), "--no-python",
+                          sys.executable, "-c", code, *command, "--out", tmp_path / "2.json", cwd=HERE)
+    assert "too few for 2,048 features" in process.communicate()[0] and process.returncode == 0
+    one, two = (scores_in(tmp_path / f"{k}.json") for k in (1, 2))
+    assert one["fid"] > 0 and math.isclose(one["fid"], two["fid"], rel_tol=1e-9)
+    for name in "kid_x1000", "is", "precision", "recall", "swd_x1000_mean":
+        assert math.isclose(one[name], two[name], rel_tol=1e-6), name
+    assert one["network"] == hashlib.sha256(inception_file.read_bytes()).hexdigest()[:8] and one["resizer"] == "pytorch"
+    assert (one["n"], one["n_real"], one["batch_norm"]) == (24, 20, "gathered from 1,024 images of this noise")
+
+
+def test_every_score_notices_worse_images(inception_file, tmp_path):
+    """Growing noise, growing blur, ever fewer images again and again: the distances to the images themselves grow, and recall falls."""
+    inception, clean = metrics.Inception(inception_file), drawn_shapes(0, 32)
+    noise, as_floats = np.random.default_rng(0).normal(size=clean.shape), torch.from_numpy(clean).permute(0, 3, 1, 2).float()
+    blurred = lambda times: functools.reduce(lambda x, _: metrics.blur(x), range(times), as_floats).permute(0, 2, 3, 1).byte().numpy()
+    series = {"noise": [(clean + s * noise).clip(0, 255).astype(np.uint8) for s in (10, 40)],
+              "blur": [blurred(k) for k in (1, 4)],
+              "few": [np.resize(clean[:k], clean.shape) for k in (10, 1)]}
+    see = lambda pixels: metrics.see(metrics.Given(as_npz(tmp_path, pixels), 32), inception)
+    seen = see(clean)
+    itself = metrics.compare(seen, seen)
+    scores = {name: [itself, *(metrics.compare(seen, see(pixels)) for pixels in steps)] for name, steps in series.items()}
+    for name, steps in scores.items():
+        for key in "fid", "kid_x1000", "swd_x1000_mean":
+            assert steps[0][key] < steps[1][key] < steps[2][key], (name, key, steps)
+        assert steps[0]["precision"] == steps[0]["recall"] == 1 and steps[2]["recall"] < 1, (name, steps)
+    few = [s["recall"] for s in scores["few"]]
+    assert few[0] > few[1] > few[2] and scores["few"][2]["precision"] == 1
+
+
+def as_npz(folder, images, labels=None):
+    np.savez(folder / "images.npz", images, *([] if labels is None else [labels]))
+    return str(folder / "images.npz")
+
+
+def test_an_array_is_read_from_the_disk_whoever_has_written_it(tmp_path):
+    images, labels = drawn_shapes(0, 10), np.arange(10)
+    plain = metrics.Array(as_npz(tmp_path, images, labels))
+    assert isinstance(plain.images, np.memmap) and np.array_equal(plain.images, images) and plain.labels.tolist() == labels.tolist()
+    np.savez_compressed(tmp_path / "c.npz", images)
+    packed = metrics.Array(tmp_path / "c.npz")
+    assert np.array_equal(packed.images, images) and packed.labels is None and np.array_equal(packed[3][0], images[3])
+
+
+def test_statistics_of_others_give_the_fid_and_those_of_another_network_are_refused(inception_file, tmp_path, monkeypatch, capsys):
+    features = np.random.default_rng(0).random((9, 2048))
+    np.savez(tmp_path / "others.npz", mu=features.mean(0), sigma=np.cov(features.T))
+    fake = as_npz(tmp_path, drawn_shapes(0, 16))
+    command = ["--fake", fake, "--inception", inception_file, "--out", tmp_path / "m.json"]
+    start("--real", tmp_path / "others.npz", *command, module=metrics)
+    result = scores_in(tmp_path / "m.json")
+    seen = metrics.see(metrics.Given(fake, 32), metrics.Inception(inception_file))
+    assert math.isclose(result["fid"], metrics.frechet_distance(features.mean(0), np.cov(features.T), seen.mu, seen.cov), rel_tol=1e-9)
+    assert "swd_x1000" not in result and "kid_x1000" not in result
+    made_from = json.dumps({"resolution": 32, "network": "another", "resizer": "pytorch"})
+    np.savez(tmp_path / "ours.npz", mu=features.mean(0), sigma=np.cov(features.T), made_from=made_from, n=9)
+    assert "were made with network another, not" in refused(monkeypatch, capsys, metrics, "--real", tmp_path / "ours.npz", *command)
+
+
+def test_copies_are_found_and_shown(inception_file, tiny_run, tmp_path):
+    for name, images in ("train", drawn_shapes(0, 16)), ("held", drawn_shapes(20, 36)):
+        for i, image in enumerate(images):
+            picture(tmp_path / name / train.Shapes(32).classes[i % 10], f"{i}.png")
+            Image.fromarray(image).save(tmp_path / name / train.Shapes(32).classes[i % 10] / f"{i}.png")
+    command = ["--data", tmp_path / "train", "--held-out", tmp_path / "held", "--inception", inception_file, "--out", tmp_path / "m.json"]
+    both = np.concatenate([drawn_shapes(0, 16), drawn_shapes(20, 36)])  # half copies, half as far from the training images as held-out ones
+    start("--fake", as_npz(tmp_path, both), *command, "--neighbours", tmp_path / "n.png", module=metrics)
+    assert scores_in(tmp_path / "m.json")["nearer_than_held_out"] == (1 + 0.5) / 2
+    grid = np.asarray(Image.open(tmp_path / "n.png"))
+    assert grid.shape == (10 * 34 + 2, 6 * 34 + 2, 3) and np.array_equal(grid[:, 2:34], grid[:, 36:68])
+    # D's verdicts on training and held-out images, as a run's own D gives them.
+    start("--weights", tiny_run, *command[:4], "--n", 16, "--inception", "none", "--out", tmp_path / "m.json", module=metrics)
+    found = sample.read_weights(tiny_run, to_train=True)
+    D = Discriminator(found.config)
+    D.load_state_dict(found.D)
+    verdicts = []
+    for first in 0, 20:
+        x = torch.from_numpy(drawn_shapes(first, first + 16)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        verdicts.append(D.eval()(x, torch.arange(16) % 10).tolist())
+    assert math.isclose(scores_in(tmp_path / "m.json")["D_memory"], metrics.chance_below(verdicts[1], verdicts[0]))
+
+
+def test_the_deviation_of_kid_is_one_of_different_subsets():
+    sets = [metrics.Seen(40, features=np.random.default_rng(k).normal(size=(40, 8)).astype(np.float32)) for k in (0, 1)]
+    assert metrics.compare(*sets)["kid_x1000_deviation"] > 0
+
+
+def test_a_generator_that_draws_what_is_not_finite_is_refused():
+    G = sample.load_generator("shapes")
+    G.to_rgb.bias[0] = math.nan
+    with pytest.raises(sample.UserError, match="shapes.pt draws pixels that are not finite numbers"):
+        sample.draw_seeds(G, [0, 1], [0, 1])
+
+
+def test_a_class_has_an_fid_of_its_own_where_there_are_enough_images(monkeypatch):
+    monkeypatch.setattr(metrics, "PER_CLASS", 30)
+    rng = np.random.default_rng(0)
+    sets = [metrics.Seen(60, features=rng.normal(size=(60, 8)).astype(np.float32) + shift, labels=np.arange(60) % 2) for shift in (0, 1)]
+    scores = metrics.compare(*sets, ["a", "b"])
+    moments = [m for s in sets for m in (s.features[1::2].astype(float).mean(0), np.cov(s.features[1::2].astype(float).T))]
+    assert math.isclose(scores["fid_per_class"]["b"], metrics.frechet_distance(*moments), rel_tol=1e-9)
+    monkeypatch.setattr(metrics, "PER_CLASS", 31)
+    assert "fid_per_class" not in metrics.compare(*sets, ["a", "b"]) and "fid_per_class" not in metrics.compare(*sets)
+
+
+def test_training_measures_the_fid_and_keeps_the_best(inception_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "INCEPTION", inception_file)
+    monkeypatch.setattr(metrics, "INCEPTION_SHA256", hashlib.sha256(inception_file.read_bytes()).hexdigest()[:8])
+    start(*TINY, "--out", tmp_path, "--steps", 2, "--eval-every", 2, "--fid", 16)
+    entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    checkpoint = weights_of(tmp_path, 2)
+    assert f"FID {entry['fid']:.2f}; score" in capsys.readouterr().out
+    assert checkpoint["monitor"]["judged_by"] == "fid" and checkpoint["monitor"]["score"] == entry["fid"]
+    trainer_G = standing_statistics(biggan.fold_spectral_norm(sample.read_generator(tmp_path)), sample.STANDING_BATCHES)
+    inception = metrics.Inception(inception_file)
+    real, fake = (metrics.see(images, inception) for images in (metrics.Given("shapes", 32, 16), metrics.Drawn(trainer_G, 16)))
+    assert math.isclose(metrics.frechet_distance(real.mu, real.cov, fake.mu, fake.cov), entry["fid"], rel_tol=1e-2)
 
 
 # ---------------------------------------------------------------- data
@@ -1089,9 +1476,11 @@ def test_a_packed_folder_holds_the_folders_pixels_labels_and_classes(mixed_folde
     for run in runs:
         start("--preset", "shapes", "--held-out", tmp_path / "packed" if run[1] == mixed_folder else mixed_folder, *run)
     assert_same(weights_of(tmp_path / "run0", 2), weights_of(tmp_path / "run1", 2))
-    start_metrics = ["--fake", tmp_path / "packed", "--real", mixed_folder, "--n", 20, "--out", tmp_path / "m.json"]
+    start_metrics = ["--fake", tmp_path / "packed", "--real", mixed_folder, "--n", 20, "--inception", "none", "--out", tmp_path / "m.json"]
     start(*start_metrics, module=metrics)
-    assert json.loads((tmp_path / "m.json").read_text())["resolution"] == 32
+    result = scores_in(tmp_path / "m.json")
+    assert result["resolution"] == 32 and (result["n"], result["n_real"], result["real_skipped"]) == (20, 599, 1)
+    assert "301.png" in capsys.readouterr().err
 
 
 def test_packing_that_was_killed_continues_and_a_damaged_block_is_packed_again(mixed_folder, tmp_path, monkeypatch, capsys):
@@ -1906,19 +2295,40 @@ def test_sample_writes_one_row_per_class(tiny_run, tmp_path, capsys):
     assert Image.open(tmp_path / "b.png").size == (2 * 34 + 2, 2 * 34 + 2)
 
 
+def scores_in(path, k=0):
+    return json.loads(Path(path).read_text())["results"][k]
+
+
 def test_metrics_scores_a_run_at_every_level(tiny_run, tmp_path):
-    start("--weights", tiny_run, "--data", "shapes", "--n", 50, "--out", tmp_path / "m.json", module=metrics)
-    result = json.loads((tmp_path / "m.json").read_text())
+    command = ["--weights", tiny_run, "--data", "shapes", "--n", 50, "--inception", "none"]
+    start(*command, "--out", tmp_path / "m.json", module=metrics)
+    result = scores_in(tmp_path / "m.json")
     assert set(result["swd_x1000"]) == {"32", "16"} and result["n"] == 50 and result["swd_x1000_mean"] > 0
-    start("--weights", tiny_run, "--data", "shapes", "--n", 50, "--trunc", 0.1, "--out", tmp_path / "t.json", module=metrics)
-    truncated = json.loads((tmp_path / "t.json").read_text())
+    start(*command, "--trunc", 0.1, "--out", tmp_path / "t.json", module=metrics)
+    truncated = scores_in(tmp_path / "t.json")
     G = sample.load_generator(tiny_run, 0.1)
     fake = sample.draw_seeds(G, [k % 10 for k in range(50)], range(50), G.noise)
     assert truncated["truncation"] == 0.1 and truncated["fake_colour"]["mean"] == metrics.mean_colours(fake)[0].round(1).tolist()
     for i in range(3):
         picture(tmp_path / "images", f"{i}.png", size=(45, 37), colour=(i, i, 200))
-    start("--fake", tmp_path / "images", "--real", tmp_path / "images", "--n", 3, "--out", tmp_path / "n.json", module=metrics)
-    assert json.loads((tmp_path / "n.json").read_text())["real_colour"]["mean"] == [1, 1, 200]
+    start("--fake", tmp_path / "images", "--real", tmp_path / "images", "--inception", "none", "--out", tmp_path / "n.json", module=metrics)
+    assert scores_in(tmp_path / "n.json")["real_colour"]["mean"] == [1, 1, 200]
+
+
+def test_several_runs_seeds_and_truncations_are_scored_one_by_one_and_averaged(tiny_run, tmp_path, capsys):
+    start("--weights", tiny_run, "--data", "shapes", "--n", 40, "--trunc", 1, 0.04, "--seed", 0, 5, "--inception", "none",
+          "--out", tmp_path / "m.json", module=metrics)
+    content, printed = json.loads((tmp_path / "m.json").read_text()), capsys.readouterr().out
+    results, G = content["results"], sample.load_generator(tiny_run, 0.04)
+    assert [(r["truncation"], r["seed"], r["noise"]) for r in results] == [
+        (1, 0, "truncated at 1"), (1, 5, "truncated at 1"), (0.04, 0, "truncated at 0.04"), (0.04, 5, "truncated at 0.04")]
+    alone = sample.draw_seeds(G, [k % 10 for k in range(40)], range(200, 240), G.noise)     # with that truncation's batch norm statistics
+    assert results[3]["fake_colour"]["mean"] == metrics.mean_colours(alone)[0].round(1).tolist()
+    a, b = (r["swd_x1000_mean"] for r in results[2:])
+    mean = content["means"][1]
+    assert mean["of"] == "0.04, mean of 2"
+    close([mean["swd_x1000_mean"], mean["swd_x1000_mean_deviation"]], [(a + b) / 2, abs(a - b) / math.sqrt(2)])
+    assert f"{(a + b) / 2:.2f} ± {abs(a - b) / math.sqrt(2):.2f}" in printed
 
 
 # ---------------------------------------------------------------- published weights
@@ -2443,7 +2853,7 @@ def test_the_model_that_comes_along_draws_in_an_empty_folder(tmp_path, monkeypat
     G = sample.load_generator("shapes")
     # Recognised by comparison: nine of ten are nearest to drawn shapes of their own class, by their brightness alone.
     brightness = lambda images: (a := images.max(-1).astype(float)) - a.mean((1, 2), keepdims=True)
-    known = brightness(metrics.load_images("shapes", 32, 2000, seed=3)).reshape(2000, -1)
+    known = brightness(drawn_shapes(6000, 8000)).reshape(2000, -1)
     drawn = brightness(sample.draw_seeds(G, [k % 10 for k in range(200)], range(200))).reshape(200, -1)
     nearest = (drawn @ (known / np.linalg.norm(known, axis=1, keepdims=True)).T).argmax(1)
     assert (nearest % 10 == np.arange(200) % 10).mean() > 0.9
@@ -2474,8 +2884,8 @@ def test_an_array_for_scores_is_the_same_on_one_and_on_three_processes(tiny_run,
     assert images.shape == (150, 32, 32, 3) and one["arr_1"].tolist() == three["arr_1"].tolist() == [k % 10 for k in range(150)]
     assert np.abs(images - sample.draw_seeds(G, [k % 10 for k in range(150)], range(3, 153), G.noise)).max() <= 1
     assert np.abs(images - three["arr_0"]).max() <= 1
-    start("--fake", tmp_path / "1.npz", "--real", "shapes", "--n", 150, "--out", tmp_path / "m.json", module=metrics)
-    assert json.loads((tmp_path / "m.json").read_text())["fake_colour"]["mean"] == np.round(images.mean((0, 1, 2)), 1).tolist()
+    start("--fake", tmp_path / "1.npz", "--real", "shapes", "--inception", "none", "--out", tmp_path / "m.json", module=metrics)
+    assert scores_in(tmp_path / "m.json")["fake_colour"]["mean"] == np.round(images.mean((0, 1, 2)), 1).tolist()
 
 
 def test_an_array_that_was_killed_goes_on_where_it_was(tiny_run, tmp_path, monkeypatch, capsys):
@@ -2767,21 +3177,35 @@ def test_a_file_that_is_no_sound_checkpoint_is_refused(tiny_run, tmp_path, monke
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--fake", "a", "--real", "b"], "a is not a folder of images, nor an array FILE.npz"),
+    (["--fake", "a", "--real", "b"], "b does not exist; name a folder of images or an array"),
+    (["--fake", "empty", "--real", "shapes"], "empty holds no images"),
+    (["--fake", "shapes", "--real", "shapes", "--n", "9", "--inception", "w.pth"], "the Inception weights w.pth do not exist"),
+    (["--weights", "shapes", "--data", "shapes", "--plot", "a.png"], "give --trunc two or more"),
+    (["--weights", "shapes", "--data", "shapes", "--neighbours", "a.jpg"], "must end in .png"),
+    (["--weights", "shapes", "--data", "shapes", "--neighbours", "a.png", "--inception", "none"], "--neighbours needs Inception"),
+    (["--weights", "shapes", "--data", "shapes", "--resizer", "lanczos"], "invalid choice: 'lanczos'"),
+    (["--weights", "shapes", "--data", "shapes", "--trunc", "2", "--trunc-kind", "scale", "--inception", "none"], "2 is above 1"),
+    (["--weights", "shapes", "--data", "images.npz", "--inception", "none"], "images.npz has images of 16 pixels and the others have 32"),
+    (["--fake", "images.npz", "--data", "images.npz", "--n", "7", "--inception", "none"], "has 6 images, fewer than --n 7; pass --n 6"),
+    (["--fake", "images.npz", "--data", "images.npz", "--n-real", "7", "--inception", "none"], "pass --n-real 6"),
+    (["--fake", "text.npz", "--data", "images.npz", "--inception", "none"], "text.npz is not an array of images"),
     (["--fake", "a", "--weights", "b", "--real", "c"], "--fake excludes --weights"),
     ([], "--data DIR, the folder of real images to compare with, is missing"),
     (["--data", "shapes", "--n", "1"], "at least 2"),
 ])
 def test_a_wrong_request_for_scores_is_refused(tmp_path, monkeypatch, capsys, arguments, sentence):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    as_npz(tmp_path, np.zeros((6, 16, 16, 3), np.uint8))
+    (tmp_path / "text.npz").write_text("hello")
     assert sentence in refused(monkeypatch, capsys, metrics, *arguments)
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "metrics.py"])
 def test_a_mistake_on_the_real_command_line_ends_in_one_sentence_and_help_in_status_0(script, tmp_path):
-    process = run_command(script, "--no-such-option", cwd=tmp_path)
+    process = run_command(script, "--xyzzy", cwd=tmp_path)
     output, error = process.communicate()
-    assert process.returncode == 2 and error == "error: there is no option --no-such-option; --help lists them\n" and not output
+    assert process.returncode == 2 and error == "error: there is no option --xyzzy; --help lists them\n" and not output
     process = run_command(script, "--help", cwd=tmp_path)
     assert {"train.py": "--data", "sample.py": "--class", "metrics.py": "--real"}[script] in process.communicate()[0]
     assert process.returncode == 0
@@ -2805,7 +3229,7 @@ def check_the_demos_samples_are_the_shapes_that_were_asked_for():
     judge.eval()
 
     labels = torch.arange(n) % 10
-    real = metrics.load_images("shapes", 32, n, seed=0)
+    real = drawn_shapes(0, n)
     G = sample.load_generator(HERE / "runs/shapes")
     fake = sample.draw_seeds(G, labels.tolist(), range(n))
     untrained = standing_statistics(Generator(G.config), batches=16)
@@ -2814,7 +3238,7 @@ def check_the_demos_samples_are_the_shapes_that_were_asked_for():
     agreement = {name: c.mean().item() for name, c in correct.items()}
     distance = {name: np.mean(list(metrics.pyramid_distances(real, images).values())) for name, images in
                 (("fake", fake), ("untrained", sample.draw_seeds(untrained, labels.tolist(), range(n))),
-                 ("real", metrics.load_images("shapes", 32, n, seed=1)))}
+                 ("real", drawn_shapes(n, 2 * n)))}
     (real_mean, real_spread), (fake_mean, fake_spread) = metrics.mean_colours(real), metrics.mean_colours(fake)
     print(f"\nagreement: drawn shapes {agreement['real']:.1%}, samples {agreement['fake']:.1%}; per class "
           + ", ".join(f"{name} {correct['fake'][k::10].mean():.0%}" for k, name in enumerate(data.classes)))
@@ -2892,6 +3316,73 @@ def peer_images_per_second(tmp_path, batch):
     here, package = (np.median(seconds[whose]) for whose in seconds)
     print(f"\nbatch {batch}: {batch / here:.1f} images per second, the package {batch / package:.1f}: {package / here:.2f} times")
     assert package / here > (2 if batch > 1 else 1.5)                   # at batch 1 both wait for the weights to come from memory
+
+
+def pytorch_fids_network(state):
+    """pytorch-fid's Inception with these weights. torchvision, which it is built from, lacks its own operators beside a torch for CPUs;
+    they are not needed, but must have been declared."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in "nms(Tensor a, Tensor b, float c) -> Tensor", "qnms(Tensor a, Tensor b, float c) -> Tensor":
+        if not hasattr(torch.ops.torchvision, name.split("(")[0]):
+            library.define(name)
+    from pytorch_fid import inception
+    inception.load_state_dict_from_url = lambda *_, **__: state         # the published file cannot be had everywhere
+    return inception.InceptionV3([3]).eval()
+
+
+def peer_pytorch_fid_sees_the_same(inception_file, tmp_path):
+    """Features of 64 images of four sizes, logits, FID, and images per second, with the same random weights.
+
+    The images are those in the folder PEER_IMAGES, or drawn shapes."""
+    folder, state = os.environ.get("PEER_IMAGES"), torch.load(inception_file)
+    sides, images = (32, 128, 256, 512), []
+    found = sorted(p for p in Path(folder).rglob("*") if train.is_image(p.name)) if folder else []
+    for k in range(64):
+        side = sides[k % 4]
+        images.append(torch.from_numpy(train.load_image(found[k * len(found) // 64], side) if found else
+                                       train.Shapes(side)[k][0]).permute(2, 0, 1)[None])
+    theirs, ours = pytorch_fids_network(state), metrics.Inception(inception_file)
+    with torch.no_grad():
+        features = torch.cat([theirs(x / 255)[0].flatten(1) for x in images])
+    logits = features @ state["fc.weight"].T + state["fc.bias"]
+    seen = [ours(x) for x in images]
+    ours_features, ours_logits = (torch.cat(parts) for parts in zip(*seen))
+    difference = [(a - b).abs().max().item() for a, b in ((ours_features, features), (ours_logits, logits))]
+    from pytorch_fid.fid_score import calculate_frechet_distance
+    moments = lambda f: (f.double().mean(0).numpy(), np.cov(f.double().numpy().T))
+    fid = metrics.frechet_distance(*moments(ours_features[::2]), *moments(ours_features[1::2]))
+    their_fid = calculate_frechet_distance(*moments(features[::2]), *moments(features[1::2]), eps=1e-12)
+    x = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
+    rates = {"here": [], "pytorch-fid": []}
+    for _ in range(4):
+        for name, work in ("here", lambda: [ours(part) for part in x.split(16)]), ("pytorch-fid", lambda: theirs(x / 255)):
+            started = time.perf_counter()
+            with torch.no_grad():
+                work()
+            rates[name].append(32 / (time.perf_counter() - started))
+    here, there = (np.median(rates[name][1:]) for name in rates)
+    print(f"\n64 images: features differ by {difference[0]:.1e}, logits by {difference[1]:.1e}; FID {fid:.6f}, theirs {their_fid:.6f}; "
+          f"{here:.1f} images per second, theirs {there:.1f}: {here / there:.2f} times")
+    assert max(difference) < 1e-4 and math.isclose(fid, their_fid, rel_tol=1e-3) and here > there
+
+
+def peer_the_frechet_distance_equals_scipys_and_is_faster():
+    """2,048 dimensions, 5,000 correlated points each."""
+    from scipy.linalg import sqrtm
+    rng = np.random.default_rng(0)
+    mu, cov = zip(*((x.mean(0), np.cov(x.T)) for x in (np.abs(rng.normal(size=(5000, 2048)) @ rng.normal(size=(2048, 2048)) / 45)
+                                                      for _ in range(2))))
+    times = {"here": [], "scipy": []}
+    for name in ["here", "scipy"] * 2:
+        started = time.perf_counter()
+        if name == "here":
+            distance = metrics.frechet_distance(mu[0], cov[0], mu[1], cov[1])
+        else:
+            theirs = np.square(mu[0] - mu[1]).sum() + np.trace(cov[0] + cov[1]) - 2 * np.trace(sqrtm(cov[0] @ cov[1])).real
+        times[name].append(time.perf_counter() - started)
+    here, scipy = (min(times[name]) for name in times)
+    print(f"\nFrechet distance {distance:.8f}, scipy's {theirs:.8f}; {here:.2f} s, scipy {scipy:.2f} s: {scipy / here:.1f} times")
+    assert math.isclose(distance, theirs, rel_tol=1e-6) and scipy / here > 5
 
 
 # ---------------------------------------------------------------- long trials, by `make trial`

@@ -180,7 +180,7 @@ def parse_settings(arguments):
         parser.error(f"--sigma-fixed must be above 0 and finite, not {s.sigma_fixed}")
     if s.sigma_ratio is not None and not 1 <= s.sigma_ratio < float("inf"):
         parser.error(f"--sigma-ratio must be at least 1 and finite, not {s.sigma_ratio}: it is the largest over the second largest")
-    for name in ("g_lr", "d_lr", "gp", "ortho", "r1", "sigma_pull", "shared_dim", "seed", "ema_start", "workers"):
+    for name in ("g_lr", "d_lr", "gp", "ortho", "r1", "sigma_pull", "shared_dim", "seed", "ema_start", "workers", "fid"):
         if getattr(s, name) is not None and not 0 <= getattr(s, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be 0 or more and finite, not {getattr(s, name)}")
     if s.seed >= 2**62:
