@@ -205,13 +205,19 @@ def patches(x, generator, per_image=128, side=7):
 
 
 def pyramid_patches(images, seed, smallest=16, per_image=128, at_a_time=64):
-    """Images (N, R, R, 3) uint8 -> {pixels per side: patches of that level (N * per_image, 147)}."""
-    levels, generator = {}, torch.Generator().manual_seed(seed)
+    """Images (N, R, R, 3) uint8 -> {pixels per side: patches of that level (N * per_image, 3, 49), its mean and deviation (3, 1)}."""
+    parts, sums, generator = {}, {}, torch.Generator().manual_seed(seed)
     for start in range(0, len(images), at_a_time):
         x = torch.from_numpy(images[start:start + at_a_time]).permute(0, 3, 1, 2).float()
         for band in laplacian_pyramid(x, smallest):
-            levels.setdefault(band.shape[-1], []).append(patches(band, generator, per_image))
-    return {side: torch.cat(parts) for side, parts in levels.items()}
+            side, pixels = band.shape[-1], band.double().transpose(0, 1).flatten(1)
+            parts.setdefault(side, []).append(patches(band, generator, per_image).unflatten(1, (3, -1)))
+            sums[side] = sums.get(side, 0) + torch.stack([pixels.sum(1), pixels.square().sum(1)])
+    levels = {}
+    for side in parts:
+        mean, square = sums[side][..., None] / (len(images) * side**2)
+        levels[side] = torch.cat(parts[side]), mean.float(), (square - mean**2).clamp(min=1e-16).sqrt().float()
+    return levels
 
 
 def pyramid_distances(real, fake, smallest=16, per_image=128, projections=512):
@@ -221,10 +227,8 @@ def pyramid_distances(real, fake, smallest=16, per_image=128, projections=512):
     which hides wrong contrast and colour.)"""
     real, fake = (pyramid_patches(images, seed, smallest, per_image) for seed, images in enumerate((real, fake)))
     distances = {}
-    for side in real:
-        of_real, of_fake = (levels[side].unflatten(1, (3, -1)) for levels in (real, fake))          # (N * per_image, 3, 49)
-        mean, std = of_real.mean((0, 2), keepdim=True), of_real.std((0, 2), keepdim=True).clamp(min=1e-8)
-        distances[side] = sliced_wasserstein(*(((points - mean) / std).flatten(1) for points in (of_real, of_fake)), projections)
+    for side, (_, mean, deviation) in real.items():
+        distances[side] = sliced_wasserstein(*(((points[side][0] - mean) / deviation).flatten(1) for points in (real, fake)), projections)
     return distances
 
 
