@@ -15,7 +15,7 @@ The same command again continues where the run stopped, also after a kill. A run
     samples/*.png      the same noise at growing steps, one row per class, drawn by the averaged generator
     checkpoints/*.pt   tensors and plain values only; sample.py and metrics.py need nothing else
 
-Reading order: settings and presets, data, several processes, one training step, checkpoints, the loop.
+Reading order: settings and presets, data, several processes, one training step, checkpoints, the loop, how fast it is.
 """
 
 import copy
@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -41,8 +42,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.distributed.rendezvous import rendezvous
+from torch.utils.flop_counter import FlopCounterMode
 
 from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, clamp_sigma, fold_spectral_norm, gradient_penalty,
                     matrix_layers, orthogonal_regularisation, power_iteration, processes, r1_penalty, rank, sigma_pull, singular_values,
@@ -65,6 +68,7 @@ class Settings:
     preset: str = option("imagenet128", "a named set of values for the options below, listed at the end")
     data: str = option(None, "folder with one sub-folder of images per class, or one that --pack wrote, or 'shapes'")
     pack: str = option(None, "do not train: decode all images of --data once, at the model's resolution, into this folder")
+    benchmark: int = option(None, "do not train: time this many steps, on noise unless --data is given, and say where the time goes")
     out: str = option(None, "run folder (default: runs/PRESET)")
     init: str = option(None, "start from these weights, which also decide the architecture, instead of random ones: whatever sample.py "
                              "takes for --weights; classes are matched by name")
@@ -138,8 +142,8 @@ PRESETS = {  # what differs from the defaults above
 }
 
 # These may differ when a run is continued: they change where and how long, not what is computed.
-FREE_TO_CHANGE = {"data", "pack", "out", "held_out", "fid", "steps", "workers", "log_every", "sample_every", "save_every", "eval_every",
-                  "keep", "keep_every", "on_collapse", "compile"}
+FREE_TO_CHANGE = {"data", "pack", "benchmark", "out", "held_out", "fid", "steps", "workers", "log_every", "sample_every", "save_every",
+                  "eval_every", "keep", "keep_every", "on_collapse", "compile"}
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}              # what autocast computes convolutions and products in
 
@@ -172,8 +176,8 @@ def parse_settings(arguments):
     else:
         s.ch, s.shared_dim = (getattr(MODELS[s.model], name) if value is None else value
                               for name, value in (("ch", s.ch), ("shared_dim", s.shared_dim)))
-    for name in ("ch", "steps", "batch", "micro_batch", "d_steps", "log_every", "sample_every", "save_every", "eval_every", "keep",
-                 "keep_every"):
+    for name in ("benchmark", "ch", "steps", "batch", "micro_batch", "d_steps", "log_every", "sample_every", "save_every", "eval_every",
+                 "keep", "keep_every"):
         if getattr(s, name) is not None and getattr(s, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
     if s.sigma_fixed is not None and not 0 < s.sigma_fixed < float("inf"):
@@ -204,7 +208,9 @@ def parse_settings(arguments):
         parser.error("--sigma-pull needs a goal: --sigma-fixed or --sigma-ratio")
     if s.batch % (s.micro_batch or s.batch):
         parser.error(f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}")
-    if s.data is None:
+    if s.benchmark:
+        s.data, s.held_out = typed.get("data"), None
+    elif s.data is None:
         parser.error(f"--preset {preset} needs --data DIR, a folder with one sub-folder of images per class; "
                      "--preset shapes needs no data")
     if s.loss == "wgan-gp" and s.held_out:
@@ -772,42 +778,45 @@ class Trainer:
 
     def train_step(self, real_batches):
         """d_steps updates of D, then one of G. Returns what the log wants, as tensors."""
-        s = self.s
-        share = self.micro / len(self.rows)                         # of one micro-batch in the whole gradient
         logged = dict.fromkeys(("D_real", "D_fake", "D_loss", "D_penalty", "D_grad", "D_skipped",
                                 "G_loss", "ortho", "G_grad", "G_skipped"), 0)
+        for part in range(1, self.s.d_steps + 1):
+            self.step_D(*next(real_batches), part, logged)
+        self.step_G(logged)
+        return logged
 
+    def step_D(self, real, real_y, part, logged):
+        s, share = self.s, self.micro / len(self.rows)              # share: of one micro-batch in the whole gradient
         self.D.requires_grad_(True)
-        for part in range(1, s.d_steps + 1):
-            self.opt_D.zero_grad()
-            real, real_y = next(real_batches)
-            parts = list(zip(real.to(self.dtype).split(self.micro), real_y.split(self.micro), self.noise(part)))
-            for k, (x, y, (z, fake_y, mix)) in enumerate(parts, start=1):
-                if s.loss == "wgan-gp":
-                    fake_y = y                                      # the penalty's lines join images of one class
-                with self.communicating(self.parallel_D, last=k == len(parts)):
-                    with self.autocast(self.half):
-                        with torch.no_grad():
-                            fake = self.fast_G(z, fake_y)
-                        # Real and fake in one call: D has no batch norm, so they do not meet, and one large batch is faster.
-                        both = torch.cat([x, fake]), torch.cat([y, fake_y])
-                        real_logits, fake_logits = self.parallel_D(*both).chunk(2)
-                    penalty = real_logits.new_zeros(())
-                    with self.autocast(None if s.precision == "fp16" else self.half):   # slopes are too small for float16
-                        if s.r1:
-                            penalty += s.r1 * r1_penalty(self.D, x, y)
-                        if s.loss == "wgan-gp":
-                            penalty += s.gp * gradient_penalty(self.D, x, fake.to(x.dtype), y, mix)
-                    loss = self.loss_d(real_logits, fake_logits)
-                    self.scaler_D.scale((loss + penalty) * share).backward()
-                for name, value in (("D_real", real_logits.mean()), ("D_fake", fake_logits.mean()), ("D_loss", loss),
-                                    ("D_penalty", penalty)):
-                    logged[name] += value.detach() * share / s.d_steps
-            self.update("D", logged, share=1 / s.d_steps)
+        self.opt_D.zero_grad()
+        parts = list(zip(real.to(self.dtype).split(self.micro), real_y.split(self.micro), self.noise(part)))
+        for k, (x, y, (z, fake_y, mix)) in enumerate(parts, start=1):
+            if s.loss == "wgan-gp":
+                fake_y = y                                          # the penalty's lines join images of one class
+            with self.communicating(self.parallel_D, last=k == len(parts)):
+                with self.autocast(self.half):
+                    with torch.no_grad():
+                        fake = self.fast_G(z, fake_y)
+                    # Real and fake in one call: D has no batch norm, so they do not meet, and one large batch is faster.
+                    both = torch.cat([x, fake]), torch.cat([y, fake_y])
+                    real_logits, fake_logits = self.parallel_D(*both).chunk(2)
+                penalty = real_logits.new_zeros(())
+                with self.autocast(None if s.precision == "fp16" else self.half):       # slopes are too small for float16
+                    if s.r1:
+                        penalty += s.r1 * r1_penalty(self.D, x, y)
+                    if s.loss == "wgan-gp":
+                        penalty += s.gp * gradient_penalty(self.D, x, fake.to(x.dtype), y, mix)
+                loss = self.loss_d(real_logits, fake_logits)
+                self.scaler_D.scale((loss + penalty) * share).backward()
+            for name, value in (("D_real", real_logits.mean()), ("D_fake", fake_logits.mean()), ("D_loss", loss),
+                                ("D_penalty", penalty)):
+                logged[name] += value.detach() * share / s.d_steps
+        self.update("D", logged, share=1 / s.d_steps)
 
+    def step_G(self, logged):
+        s, share, bound = self.s, self.micro / len(self.rows), {"fixed": self.s.sigma_fixed, "ratio": self.s.sigma_ratio}
         self.D.requires_grad_(False)                                # G's gradient passes through D but none is kept there
         self.opt_G.zero_grad()
-        bound = {"fixed": s.sigma_fixed, "ratio": s.sigma_ratio}
         if s.ortho:
             ortho = orthogonal_regularisation(self.G)
             self.scaler_G.scale(s.ortho * ortho).backward()
@@ -825,10 +834,8 @@ class Trainer:
         self.update("G", logged, share=1)
         if (s.sigma_fixed or s.sigma_ratio) and not s.sigma_pull:
             clamp_sigma(self.G, **bound)
-
         self.step += 1
         self.ema.update(self.G, self.step)
-        return logged
 
     def update(self, network, logged, share):
         """One step of a network's optimiser, unless its gradient is not finite. Logs the gradient's length, as that of one vector."""
@@ -1131,8 +1138,12 @@ def main(arguments):
     keep_freed_memory()
     if s.precision == "auto":
         s.precision = "bf16" if has_bf16(device) else "fp32"
-    config, initial = together(first_weights, s) if s.init else (model_config(s), None)
+    config, initial = together(first_weights, s) if s.init else (model_config(s, MODELS[s.model].n_classes), None)
     resolution = config.resolution
+    if s.benchmark and not s.data:
+        noise = np.random.default_rng(0).integers(0, 256, (s.batch, resolution, resolution, 3), np.uint8)
+        data = Arrays(noise, np.arange(s.batch) % config.n_classes, [str(k) for k in range(config.n_classes)])
+        return benchmark(Trainer(s, config, device), data, s)
     if Path(s.data) == Path(PRESETS["cifar10"]["data"]) and (not Path(s.data).exists() or Path(s.data, "packed.json").exists()):
         together(fetch_cifar10, first_only=True)
     data = together(open_data, s.data, resolution)
@@ -1152,6 +1163,8 @@ def main(arguments):
         raise UserError(f"the held-out images in {s.held_out} have other classes than {s.data}: only one of the two has {odd}; "
                         "--held-out needs the same sub-folders")
     config = dataclasses.replace(config, n_classes=len(data.classes))
+    if s.benchmark:
+        return benchmark(Trainer(s, config, device), data, s)
     described = {**dataclasses.asdict(s), **plain(config), "images": len(data), "classes": data.classes}
     path = together(open_run, s, described, first_only=True)
     try:
@@ -1361,6 +1374,69 @@ def stop_if_not_finite(trainer, means, s):
     earlier = f"the checkpoints in {s.out} are from before" if checkpoints_of(s.out) else "there is no checkpoint from before"
     give_up(f"training has diverged at step {trainer.step}: {what} is no longer finite; nothing of it was saved, "
             f"{earlier}; start a new run with smaller learning rates or penalties")
+
+
+# ---------------------------------------------------------------- how fast is it?
+
+def benchmark(trainer, data, s):
+    """Time s.benchmark training steps; count their operations; compare with what the hardware reaches in one product or convolution."""
+    device, batches_of = trainer.device, batches(data, s, 0, trainer.device)
+    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):                                              # the first ones choose algorithms, compile and allocate
+        trainer.train_step(batches_of)
+    logged, seconds = dict.fromkeys(trainer.train_step(batches_of), 0), {"D": 0.0, "G": 0.0}
+    finish()
+    started = time.perf_counter()
+    for _ in range(s.benchmark):
+        for network in ["D"] * s.d_steps + ["G"]:
+            finish()
+            before = time.perf_counter()
+            trainer.step_D(*next(batches_of), 1, logged) if network == "D" else trainer.step_G(logged)
+            finish()
+            seconds[network] += time.perf_counter() - before
+    step = (time.perf_counter() - started) / s.benchmark
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        trainer.train_step(batches_of)
+    flops = counter.get_total_flops()                               # 2 for a multiplication and an addition, of this process
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as profile:
+        trainer.train_step(batches_of)
+        finish()
+    own_time = lambda entry: entry.self_device_time_total if device.type == "cuda" else entry.self_cpu_time_total
+    entries = sorted(profile.key_averages(), key=own_time, reverse=True)
+    total = sum(map(own_time, entries))
+    convolutions = sum(own_time(entry) for entry in entries if re.search("conv|dgrad|wgrad|fprop", entry.key))
+    product, convolution = peaks(device, trainer.half or trainer.dtype)
+    peak, tera = max(product, convolution), 1e12
+    say(f"{s.batch / step * s.d_steps:.1f} real images per second; {1000 * step:.0f} ms per step: {s.d_steps} times "
+        f"{1000 * seconds['D'] / s.benchmark / s.d_steps:.0f} ms for D, {1000 * seconds['G'] / s.benchmark:.0f} ms for G")
+    say(f"{flops / 1e9:,.0f} GFLOP per step in each process: {flops / step / tera:.2f} TFLOP/s, {flops / step / peak:.0%} of the "
+        f"{peak / tera:.2f} measured here (a matrix product {product / tera:.2f}, a 3x3 convolution {convolution / tera:.2f})")
+    say(f"at most {memory / 1e9:.2f} GB\n{1 - convolutions / total:.0%} of the time is outside convolutions; the five largest entries:")
+    for entry in entries[:5]:
+        say(f"  {own_time(entry) / total:4.0%}  {entry.count:5} x  {entry.key[:100]}")
+
+
+def peaks(device, dtype):
+    """FLOP/s of a large matrix product and of a 3x3 convolution of 256 channels, in this precision."""
+    n, finish = (8192, torch.cuda.synchronize) if device.type == "cuda" else (2048, lambda: None)
+    a, w = torch.randn(n, n, device=device, dtype=dtype), torch.randn(256, 256, 3, 3, device=device, dtype=dtype)
+    x = torch.randn(n // 64, 256, 32, 32, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    found = []
+    for work, flops in (lambda: a @ a, 2 * n**3), (lambda: F.conv2d(x, w, padding=1), 2 * x.numel() * 256 * 9):
+        times = []
+        for _ in range(10):
+            finish()
+            before = time.perf_counter()
+            work()
+            finish()
+            times.append(time.perf_counter() - before)
+        found.append(flops / min(times))
+    return found
 
 
 if __name__ == "__main__":
