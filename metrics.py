@@ -5,7 +5,7 @@
     python metrics.py --weights runs/a runs/b runs/c --data cifar10/test             several runs: mean and deviation
     python metrics.py --fake samples.npz --real cifar10/test                         an array or a folder against a folder
     python metrics.py --weights runs/shapes --data shapes --inception none           without Inception: sliced Wasserstein only
-    torchrun --nproc_per_node=8 metrics.py ...                                       the same numbers, sooner
+    torchrun --nproc_per_node=8 -- metrics.py ...                                    the same numbers, sooner
 
 FID, KID, precision and recall compare what the Inception network sees in the images, and IS how it classifies them. Its weights, 91 MB, are
 fetched once into ~/.cache/biggan. Sliced Wasserstein compares small patches and needs no network. Numbers can be compared if network,
@@ -24,7 +24,9 @@ import os
 import struct
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -281,7 +283,11 @@ class Inception(nn.Module):
     def forward(self, x):
         if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"images are (N, 3, H, W) uint8, not {tuple(x.shape)} of {x.dtype}")
-        x = resize(x.to(self.fc_bias), 299, RESIZERS[self.resizer]) # (N, 3, 299, 299), still 0 to 255
+        with full_precision():
+            return self.look(x.to(self.fc_bias))
+
+    def look(self, x):
+        x = resize(x, 299, RESIZERS[self.resizer])                  # (N, 3, 299, 299), still 0 to 255
         x = x / 127.5 - 1 if self.resizer == "pytorch" else x / 128 - 1
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv(x, "Conv2d_1a_3x3", stride=2, padding=0)      # (N, 32, 149, 149)
@@ -345,6 +351,20 @@ class Inception(nn.Module):
                           self.chain(narrow, block, "branch3x3_2a"), self.chain(narrow, block, "branch3x3_2b"),
                           self.chain(wide, block, "branch3x3dbl_3a"), self.chain(wide, block, "branch3x3dbl_3b"),
                           self.chain(pooled, block, "branch_pool")], 1)
+
+
+@contextmanager
+def full_precision():
+    """float32 without TF32, which training allows: scores are compared in their last digits."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before):
+            backend.allow_tf32 = allowed
 
 
 def average_around(x):
@@ -443,8 +463,9 @@ class Given:
 
     def blocks(self, n):
         """This process's share of the first n images."""
+        from train import ignore_interrupts
         numbers = range(rank(), -(-n // BLOCK), processes())
-        return torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, collate_fn=lambda block: block,
+        return torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, collate_fn=as_it_is, worker_init_fn=ignore_interrupts,
                                            num_workers=8 if torch.cuda.is_available() and isinstance(self.data, Files) else 0)
 
     def image(self, row):
@@ -458,6 +479,10 @@ class Given:
         return f"{zlib.crc32(chr(10).join(entries).encode()):08x}"
 
 
+def as_it_is(block):
+    return block
+
+
 class Files:
     """All image files in a folder and those below it. If all of them lie in sub-folders, these are the classes."""
 
@@ -466,7 +491,8 @@ class Files:
         if not Path(root).is_dir():
             raise UserError(f"{root} is not a folder of images, nor an array FILE.npz; name another")
         self.resolution = resolution
-        self.paths = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names if is_image(name))
+        self.paths = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names
+                            if is_image(name) and "/." not in folder[len(str(root)):])
         if not self.paths:
             raise UserError(f"{root} holds no images")
         names, self.classes, self.labels = [path.relative_to(root).parts for path in self.paths], None, None
@@ -503,6 +529,11 @@ class Array:
         shape = self.images.shape
         if self.images.dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
             raise UserError(f"{path} holds {self.images.dtype} of shape {shape}, not (n, R, R, 3) uint8; name another")
+        side = shape[1]
+        while side >= 32 and side % 2 == 0:
+            side //= 2
+        if not 16 <= side < 32:
+            raise UserError(f"{path} holds images of {shape[1]} pixels; a size like 32, 48, 64, ... that can be halved is needed")
         if self.labels is not None and (self.labels.shape != shape[:1] or self.labels.dtype.kind != "i"):
             self.labels = None
 
@@ -527,10 +558,11 @@ class Array:
 
 
 class Drawn:
-    """n images of a generator, the classes in turn, image i from its own seed."""
+    """n images of a generator, the classes in turn, image i from its own seed: seed * n + i, so that no two sets share one."""
 
-    def __init__(self, G, n, seed=0, noise=truncated_normal):
+    def __init__(self, G, n, seed=0, noise=truncated_normal, moments=None):
         self.G, self.n, self.first, self.noise, self.resolution = G, n, seed * n, noise, G.config.resolution
+        self.moments = moments or {}                                # batch norm's, for this noise
         self.labels, self.classes = np.arange(n) % G.config.n_classes, getattr(G, "classes", None)
 
     def __getitem__(self, b):
@@ -540,6 +572,7 @@ class Drawn:
         return rows[rows < self.n].tolist(), images[rows < self.n]
 
     def blocks(self, n):
+        self.G.load_state_dict({**self.G.state_dict(), **self.moments})
         return (self[b] for b in range(rank(), -(-n // BLOCK), processes()))
 
     def image(self, row):
@@ -557,14 +590,16 @@ class Seen:
     labels: np.ndarray = None                                       # theirs (k,), if they have any
     rows: np.ndarray = None                                         # and their places in the set (k,)
     score: np.ndarray = None                                        # Inception score: mean and deviation
+    made_from: dict = None                                          # what is known of where stored ones come from
     pixels: np.ndarray = None                                       # the first images themselves (p, R, R, 3) uint8
 
 
-def see(images, inception=None, what=""):
-    """Look at a set of images, every process at its blocks. Without Inception only the first images are kept, for their patches."""
+def see(images, inception=None, what="", moments_only=False):
+    """Look at a set of images, every process at its blocks. Without Inception only the first images are kept, for their patches;
+    moments_only: only mean and covariance."""
     n = images.n if inception else min(images.n, PATCHED)
-    kept, R = min(n, KEPT), images.resolution
-    there, pixels = torch.zeros(n, dtype=torch.uint8), torch.zeros(min(n, PATCHED), R, R, 3, dtype=torch.uint8)
+    (kept, patched), R = (0, 0) if moments_only else (min(n, KEPT), min(n, PATCHED)), images.resolution
+    there, pixels = torch.zeros(n, dtype=torch.uint8), torch.zeros(patched, R, R, 3, dtype=torch.uint8)
     progress = Progress(n, what)
     if inception:
         device = inception.fc_bias.device
@@ -573,7 +608,7 @@ def see(images, inception=None, what=""):
     for rows, x in images.blocks(n):
         x, rows = torch.from_numpy(x), torch.tensor(rows, dtype=torch.int64)
         there[rows] = 1
-        pixels[rows[rows < len(pixels)]] = x[rows < len(pixels)]
+        pixels[rows[rows < patched]] = x[rows < patched]
         if inception and len(x):
             # 16 at a time fit into a CPU's cache. Always as many: a convolution of fewer may add up in another order.
             batch = BLOCK if device.type == "cuda" else 16
@@ -592,10 +627,11 @@ def see(images, inception=None, what=""):
     seen, there = int(there.sum()), there.bool()
     if seen < 2:
         raise UserError(f"of {n} images {seen} can be read, too few to compare; name others")
-    found = Seen(seen, n - seen, pixels=pixels[there[:len(pixels)]].numpy())
+    found = Seen(seen, n - seen, pixels=pixels[there[:patched]].numpy())
     if inception:
         found.mu = (total / seen).numpy()
         found.cov = (products.cpu().numpy() - seen * np.outer(found.mu, found.mu)) / (seen - 1)
+    if inception and kept:
         found.rows = torch.nonzero(there[:kept]).flatten().numpy()
         found.features = features[there[:kept]].numpy()
         found.labels = None if images.labels is None else images.labels[:kept][found.rows]
@@ -682,18 +718,18 @@ def compare(real, fake, classes=None):
     if real.mu is not None and fake.mu is not None:
         scores["fid"] = frechet_distance(real.mu, real.cov, fake.mu, fake.cov)
         scores["is"], scores["is_deviation"] = map(float, fake.score)
+        scores["features"] = [0 if s.features is None else len(s.features) for s in (real, fake)]     # that the others come from
         if real.n:
             scores["fid_of_real"] = expected_frechet_distance(real.cov, real.n, fake.n)
     if real.score is not None and fake.score is not None:
         scores["real_is"] = float(real.score[0])
     if real.features is not None and fake.features is not None:
         fewest = min(len(real.features), len(fake.features))
-        # Half of the images at most: else all subsets would be the same, and their deviation nothing.
-        scores["kid_x1000"], scores["kid_x1000_deviation"] = (1000 * x for x in kernel_distance(real.features, fake.features, size=min(
-            1000, max(2, fewest // 2))))
+        both = [torch.from_numpy(s.features).to(pick_device()) for s in (real, fake)]
+        size = min(1000, max(2, fewest // 2))                       # of all images all subsets would be the same, without a deviation
+        scores["kid_x1000"], scores["kid_x1000_deviation"] = (1000 * d for d in kernel_distance(*both, size=size))
         if fewest > 3:
-            device = pick_device()
-            scores["precision"], scores["recall"] = precision_recall(*(torch.from_numpy(s.features).to(device) for s in (real, fake)))
+            scores["precision"], scores["recall"] = precision_recall(*both)
         if classes and real.labels is not None and fake.labels is not None:
             of_class = [[s.features[s.labels == k].astype(np.float64) for s in (real, fake)] for k in range(len(classes))]
             if all(min(map(len, pair)) >= PER_CLASS for pair in of_class):
@@ -770,12 +806,13 @@ class Monitor:
             before, step = min((line["sigma_0"][layer], line["step"]) for line in earlier)
             if sigma > self.growth * before:
                 reason = f"the largest singular value of {layer} explodes: {before:.3g} at step {step}, {sigma:.3g} now"
-        judge = "fid" if "fid" in entry else "score" if "score" in entry else self.judged_by
-        if judge != self.judged_by:
-            self.judged_by, self.score = judge, math.inf            # the two cannot be compared
-        scores = [line[judge] for line in self.log if judge in line][-self.looks:]
+        judge = "fid" if "fid" in entry else "score"
+        judged_by = f"FID of {entry['fid_n']:,} images" if "fid" in entry else "score" if "score" in entry else self.judged_by
+        if judged_by != self.judged_by:
+            self.judged_by, self.score = judged_by, math.inf        # the two cannot be compared
+        scores = [line[judge] for line in self.log if judge in line and line.get("fid_n") == entry.get("fid_n")][-self.looks:]
         if len(scores) == self.looks and min(scores) > self.worse * self.score:
-            reason = f"the {judge} is {scores[-1]:.1f}, at step {self.best} it was {self.score:.1f}"
+            reason = f"the {judged_by} is {scores[-1]:.1f}, at step {self.best} it was {self.score:.1f}"
         measured = {"diversity": entry["diversity"], judge: entry.get(judge, 0.0), **entry["sigma_0"]}
         for name, value in measured.items():
             if not math.isfinite(value):
@@ -817,26 +854,26 @@ def averages(results):
 
 
 def memory_of(weights, real, held_out):
-    """The probability that D takes a training image for more real than a held-out one of the same number, or None without a D.
+    """The probability that D takes a training image for more real than a held-out one, or None without a D.
 
     1/2: D has learnt what images look like. Near 1: it knows its training images by heart (section 4.2)."""
-    found = read_weights(weights, to_train=True)
+    found, device = read_weights(weights, to_train=True), pick_device()
     if not found.D:
         return None
     for images in real, held_out:
-        if images.labels is None or images.classes not in (None, found.classes):
+        if images.labels is None or images.classes not in (None, found.classes) or images.labels.max() >= len(found.classes):
             raise UserError(f"{images.source} does not have the classes of {found.source}, which its discriminator needs; "
                             "--data and --held-out need one sub-folder per class, or leave out --held-out")
     D = Discriminator(found.config)
     D.load_state_dict(found.D)
-    D.requires_grad_(False).eval().to(pick_device())
+    D.requires_grad_(False).eval().to(device)
     verdicts = []
     for images in real, held_out:
         verdicts.append([])
         for b in range(-(-min(PATCHED, images.n) // BLOCK)):
             rows, x = images[b]
-            x = torch.from_numpy(x).to(pick_device()).permute(0, 3, 1, 2).float() / 127.5 - 1
-            verdicts[-1] += D(x, torch.from_numpy(images.labels[rows]).to(pick_device())).tolist()
+            x = torch.from_numpy(x).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            verdicts[-1] += D(x, torch.from_numpy(images.labels[rows]).to(device)).tolist()
     return chance_below(verdicts[1], verdicts[0])
 
 
@@ -849,23 +886,27 @@ def neighbours_picture(real, seen_real, fake, seen_fake, distances, which, rows=
 
 
 def plot(results, path):
-    """FID against IS, a point for each truncation (figure 17 of the paper)."""
+    """FID against IS, a point for each truncation, a line for each generator and seed (figure 17 of the paper)."""
     from matplotlib.figure import Figure
     figure = Figure((6, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot([r["is"] for _, r in results], [r["fid"] for _, r in results], "o-")
-    for name, r in results:
-        axes.annotate(name, (r["is"], r["fid"]), xytext=(5, 5), textcoords="offset points")
+    for images, seed in dict.fromkeys((r["images"], r["seed"]) for _, r in results):
+        line = [(name, r["is"], r["fid"]) for name, r in results if (r["images"], r["seed"]) == (images, seed)]
+        axes.plot([x for _, x, _ in line], [y for _, _, y in line], "o-", label=f"{images}, seed {seed}")
+        for name, *place in line:
+            axes.annotate(name, place, xytext=(5, 5), textcoords="offset points")
+    axes.legend(fontsize="x-small")
     axes.set(xlabel="Inception score: fidelity, higher is better", ylabel="FID: fidelity and variety, lower is better",
              title="truncation of the noise")
     save_atomically(path, lambda f: figure.savefig(f, format="png", dpi=100))
 
 
-def main(arguments):
+def parse(arguments):
     parser = Parser(__doc__)
     parser.add_argument("--weights", nargs="+", metavar="W", help="what to draw the images with: whatever sample.py takes, one or several "
                                                                   "(default: the newest run in runs/)")
-    parser.add_argument("--fake", metavar="DIR", help="score the images in this folder, or in FILE.npz, instead")
+    parser.add_argument("--fake", metavar="DIR", help="score the images in this folder, or in FILE.npz, instead; they are brought to the "
+                                                      "largest power of two that the first one is not smaller than")
     parser.add_argument("--data", "--real", dest="data", metavar="DIR",
                         help="real images: a folder, packed or not, an array FILE.npz, 'shapes', or statistics, mu and sigma in FILE.npz")
     parser.add_argument("--n", type=at_least_one, help="generated images; compare only scores of equal n "
@@ -873,9 +914,9 @@ def main(arguments):
     parser.add_argument("--n-real", type=at_least_one, metavar="N", help="real images (default: all there are)")
     parser.add_argument("--trunc", type=positive, nargs="+", metavar="T", help="truncate the noise at T, one or several (see sample.py)")
     parser.add_argument("--trunc-kind", choices=KINDS, help="what T means (see sample.py)")
-    parser.add_argument("--seed", type=seed_number, nargs="+", default=[0], help="of the noise, one or several (default: 0)")
+    parser.add_argument("--seed", type=seed_number, nargs="+", help="numbers of sets of n noise vectors each (default: 0)")
     parser.add_argument("--inception", metavar="FILE", help="Inception's weights (default: the published ones, fetched once), or none")
-    parser.add_argument("--resizer", choices=RESIZERS, default="pytorch",
+    parser.add_argument("--resizer", choices=RESIZERS,
                         help="how images come to Inception's size: as in pytorch-fid, or as in the original of 2015 (default: pytorch)")
     parser.add_argument("--held-out", metavar="DIR", help="images like those of --data that were not trained on: does G or D know the "
                                                           "training images by heart?")
@@ -885,23 +926,37 @@ def main(arguments):
     args = parser.parse_args(arguments)
     if not args.data:
         parser.error("--data DIR, the folder of real images to compare with, is missing")
-    if args.fake and (args.weights or args.trunc or args.trunc_kind):
-        parser.error("--fake excludes --weights and --trunc: score a folder or a generator")
+    for name, value in ("--weights", args.weights), ("--trunc", args.trunc), ("--trunc-kind", args.trunc_kind), ("--seed", args.seed):
+        if args.fake and value:
+            parser.error(f"--fake excludes {name}: score a folder or a generator")
+    for name, value in ("--plot", args.plot), ("--neighbours", args.neighbours), ("--resizer", args.resizer):
+        if args.inception == "none" and value:
+            parser.error(f"{name} needs Inception; leave out --inception none")
     for name, number in ("--n", args.n), ("--n-real", args.n_real):
         if number == 1:
             parser.error(f"{name} must be at least 2, since a distribution is compared")
+    args.seed, args.resizer = args.seed or [0], args.resizer or "pytorch"
     if args.plot and len(args.trunc or []) < 2:
         parser.error("--plot draws a curve over several truncations; give --trunc two or more")
-    out = check_output(args.out, ".json")
-    pictures = [check_output(path) for path in (args.plot, args.neighbours) if path]
-    if args.inception == "none" and pictures:
-        parser.error(f"{'--plot' if args.plot else '--neighbours'} needs Inception; leave out --inception none")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib; pip install matplotlib, or leave it out")
-    for image_set in args.data, args.fake, args.held_out:           # before anything is fetched or drawn
-        if image_set not in (None, "shapes") and not Path(image_set).exists():
-            raise UserError(f"{image_set} does not exist; name a folder of images or an array FILE.npz")
-    torch.backends.cudnn.allow_tf32 = False                         # scores are compared in their last digits
+    if args.neighbours and max(len(args.weights or []), len(args.trunc or []), len(args.seed)) > 1:
+        parser.error("--neighbours shows one set of samples; give --weights, --trunc and --seed one value each")
+    if max(args.seed) >= 2**62 // (args.n or 10_000) or not all(map(math.isfinite, args.trunc or [])):
+        parser.error("--seed and --trunc must be smaller numbers")
+    for path, suffix in (args.out, ".json"), (args.plot, ".png"), (args.neighbours, ".png"):
+        if path:
+            check_output(path, suffix)
+    for images in args.data, args.fake, args.held_out:
+        if images not in (None, "shapes") and not Path(images).exists():
+            parser.error(f"{images} does not exist; name a folder of images or an array FILE.npz")
+    if args.held_out and Path(args.held_out).resolve() == Path(args.data).resolve():
+        parser.error(f"--held-out {args.held_out} is the same as --data; name images that were not trained on")
+    return args
+
+
+def main(arguments):
+    args = parse(arguments)
     keep_freed_memory()
 
     # What is compared, and can it be? All of it is looked at before anything is fetched or drawn.
@@ -913,8 +968,8 @@ def main(arguments):
         raise UserError("the generators of --weights draw at different resolutions; score them one by one")
     resolution = resolutions.pop()
     stored = read_statistics(args.data) if args.data.endswith(".npz") else None
-    if stored and (args.held_out or args.neighbours or args.inception == "none"):
-        raise UserError(f"{args.data} holds statistics; --held-out, --neighbours and --inception none need the images themselves as --data")
+    if stored and (args.held_out or args.neighbours or args.n_real or args.inception == "none"):
+        raise UserError(f"{args.data} holds statistics; --held-out, --neighbours, --n-real and --inception none need the images themselves")
     real = None if stored else Given(args.data, resolution, args.n_real or (args.n if args.data == "shapes" else None), "--n-real")
     held_out = Given(args.held_out, resolution) if args.held_out else None
     given = Given(args.fake, resolution, args.n) if args.fake else None
@@ -927,35 +982,34 @@ def main(arguments):
     # Generators get batch norm statistics for each truncation before the processes meet, so that these do not depend on how many there are.
     n, jobs = args.n or (10_000 if inception else PATCHED), []
     for G, t in itertools.product(Gs, args.trunc or [None]):
+        if n < G.config.n_classes:
+            warn(f"{n} images of {G.config.n_classes} classes: the later classes are missing; pass a larger --n")
         prepare(G, t, args.trunc_kind)
-        state, said = G.state_dict(), {"truncation": t, "noise": G.noise_said, "batch_norm": G.statistics_said, "weights": "averaged (EMA)"}
-        state = {name: tensor.clone() for name, tensor in state.items() if "running_" in name}
-        jobs += [("not truncated" if t is None else f"{t:g}", Drawn(G, n, seed, G.noise), state, {"images": G.source, "seed": seed, **said})
-                 for seed in args.seed]
+        said = {"truncation": t, "noise": G.noise_said, "batch_norm": G.statistics_said, "weights": "averaged (EMA)"}
+        moments = {name: tensor.clone() for name, tensor in G.state_dict().items() if "running_" in name}
+        jobs += [("not truncated" if t is None else f"{t:g}", Drawn(G, n, seed, G.noise, moments),
+                  {"images": G.source, "seed": seed, **said}) for seed in args.seed]
     if args.fake:
-        jobs = [(Path(args.fake).name, given, None, {"images": args.fake})]
-    if args.neighbours and len(jobs) > 1:
-        raise UserError("--neighbours shows one set of samples; give --weights, --trunc and --seed one value each")
+        jobs = [(Path(args.fake).name, given, {"images": args.fake})]
 
     from train import join_processes, together
-    device, own = join_processes(), [G.fingerprint for G in Gs]
-    if together(lambda: own, first_only=True) != own:               # the run has a new checkpoint since the first process looked
-        raise UserError("the processes have read different weights; give --weights one checkpoint, not a run that goes on")
+    device, own = join_processes(timedelta(days=1)), [G.fingerprint for G in Gs]    # the others wait while the first one compares
+    firsts = together(lambda: own, first_only=True)
+    together(refuse_other_weights, own, firsts)
     if inception:
         inception.to(device)
     seen_real = stored or see_real(real, inception, f"of {args.data}")
     seen_held_out = see_real(held_out, inception, f"of {args.held_out}") if held_out and inception else None
-    memory, results = {}, []                                        # memory: of each generator's D
-    for name, fake, state, said in jobs:
-        if state:
-            fake.G.load_state_dict({**fake.G.state_dict(), **state})
-        seen = see(fake, inception, f"of {said['images']}, {name}" if state else f"of {args.fake}")
+    memory = together(lambda: {G.source: memory_of(G.source, real, held_out) for G in Gs} if held_out else {}, first_only=True)
+    results = []
+    for name, fake, said in jobs:
+        seen = see(fake, inception, f"of {said['images']}" + (f", {name}" if Gs else ""))
         if rank() > 0:
             continue
-        same = real and (fake.classes == real.classes or None in (fake.classes, real.classes))
+        same_classes = real and (fake.classes == real.classes or None in (fake.classes, real.classes))
         result = {**said, "n": seen.n, "skipped": seen.skipped, "real": args.data, "n_real": seen_real.n, "real_skipped": seen_real.skipped,
                   "resolution": resolution, "network": inception and inception.said, "resizer": inception and args.resizer,
-                  **compare(seen_real, seen, (real.classes or fake.classes) if same else None)}
+                  **compare(seen_real, seen, (real.classes or fake.classes) if same_classes else None)}
         if inception and (held_out or args.neighbours):
             to_real = lambda s, k: nearest(*(torch.from_numpy(x.features).to(device) for x in (s, seen_real)), k)
             distances, which = (x.cpu().numpy() for x in to_real(seen, min(5, len(seen_real.features))))
@@ -964,13 +1018,13 @@ def main(arguments):
             if args.neighbours:
                 picture = neighbours_picture(real, seen_real, fake, seen, distances, which)
                 save_atomically(args.neighbours, lambda f: picture.save(f, "PNG"))
-        if held_out and Gs:
-            if said["images"] not in memory:
-                memory[said["images"]] = memory_of(said["images"], real, held_out)
+        if memory:
             result["D_memory"] = memory[said["images"]]
         results.append((name, result))
+        means = write_scores(results, args.out)                     # now: what is scored is not lost if the next one fails
     if rank() == 0:
-        report(results, len(jobs) // len(args.trunc or [0]), out)
+        report(results, means)
+        tell(f"written to {args.out}")
         if args.plot:
             plot(results, args.plot)
     if processes() > 1:
@@ -978,14 +1032,27 @@ def main(arguments):
         dist.destroy_process_group()
 
 
-def report(results, repeated, out):
-    """Print the scores and write them, with all that makes them comparable. repeated: results per truncation."""
-    first, several = results[0][1], len({r["images"] for _, r in results}) > 1
-    rows = [(name + (f", {r['images']}" if several else "") + (f", seed {r['seed']}" if repeated > 1 else ""), r) for name, r in results]
+def refuse_other_weights(own, firsts):
+    if own != firsts:                                               # the run has a new checkpoint since the first process looked
+        raise UserError("the processes have read different weights; give --weights one checkpoint, not a run that goes on")
+
+
+def write_scores(results, out):
+    """Write all that has been scored, and for each truncation of which there are several, their mean. Returns these."""
     means = []
-    if repeated > 1:
-        for name in dict.fromkeys(name for name, _ in results):
-            means.append((f"{name}, mean of {repeated}", averages([r for other, r in results if other == name])))
+    for name in dict.fromkeys(name for name, _ in results):
+        of_name = [result for other, result in results if other == name]
+        if len(of_name) > 1:
+            means.append((f"{name}, mean of {len(of_name)}", averages(of_name)))
+    content = {"results": [result for _, result in results], "means": [{"of": name, **mean} for name, mean in means]}
+    save_atomically(out, lambda f: f.write(json.dumps(content, indent=1).encode()))
+    return means
+
+
+def report(results, means):
+    """Print the scores, and what makes them comparable."""
+    first, several = results[0][1], len({r["images"] for _, r in results}) > 1
+    rows = [(name + (f", {r['images']}" if several else "") + (f", seed {r['seed']}" if means else ""), r) for name, r in results]
     tell(f"{first['n']:,} images of {'several' if several else first['images']} against {first['n_real'] or 'the statistics'} "
          f"of {first['real']}, {first['resolution']}x{first['resolution']}")
     if "fid" in first:
@@ -1003,23 +1070,20 @@ def report(results, repeated, out):
         if "real_is" in r:
             tell(f"the real images have an IS of {r['real_is']:.2f}")
         if "fid_per_class" in r:
-            tell("FID per class: " + ", ".join(f"{k} {fid:.1f}" for k, fid in r["fid_per_class"].items()))
+            tell("FID per class, far too high for want of images: " + ", ".join(f"{k} {fid:.1f}" for k, fid in r["fid_per_class"].items()))
         if "swd_x1000" in r:
             tell(f"SWD x 1000 of {r['swd_n']:,} images: " + ", ".join(f"{side}x{side} {d}" for side, d in r["swd_x1000"].items()))
             for kind in "real", "fake":
                 c = r[kind + "_colour"]
                 tell(f"mean colour of {kind} images: {c['mean']}, varying by {c['spread']}")
         if "nearer_than_held_out" in r:
-            tell("a generated image lies nearer to the training images than a held-out one: "
+            tell(f"a generated image lies nearer to the training images (to {r['features'][0]:,} of them) than a held-out one: "
                  f"{r['nearer_than_held_out']:.1%} (copies: near 100%)")
         if r.get("D_memory") is not None:
             tell(f"D takes a training image for more real than a held-out one: {r['D_memory']:.1%} (knows nothing by heart: 50%)")
     for kind in "skipped", "real_skipped":
         if first[kind]:
             tell(f"{first[kind]} of the {'real' if kind == 'real_skipped' else 'generated'} images could not be read and are left out")
-    content = {"results": [r for _, r in results], "means": [{"of": name, **r} for name, r in means]}
-    save_atomically(out, lambda f: f.write(json.dumps(content, indent=1).encode()))
-    tell(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,9 @@ def run(main):
         main(sys.argv[1:])
     except UserError as error:
         status = 2
+        if processes() > 1 and not getattr(error, "shared", False):
+            from train import fail                                  # in this process alone
+            fail(str(error), 2)
         if first_process():                                         # of several they all know, and one says it
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except OSError as error:

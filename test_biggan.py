@@ -1274,9 +1274,10 @@ def test_scores_are_the_same_on_one_and_two_processes(inception_file, tiny_run, 
     for kept in [*Path(metrics.CACHE, "statistics").glob("*.npz"), *tiny_run.rglob("*.stats")]:
         kept.unlink()
     code = "import sys, metrics; metrics.BLOCK = 16; metrics.run(metrics.main)"
-    process = run_command("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), "--no-python",
+    process = run_command("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), "--no-python", "--",
                           sys.executable, "-c", code, *command, "--out", tmp_path / "2.json", cwd=HERE)
-    assert "too few for 2,048 features" in process.communicate()[0] and process.returncode == 0
+    output, error = process.communicate()
+    assert "too few for 2,048 features" in output and process.returncode == 0, error
     one, two = (scores_in(tmp_path / f"{k}.json") for k in (1, 2))
     assert one["fid"] > 0 and math.isclose(one["fid"], two["fid"], rel_tol=1e-9)
     for name in "kid_x1000", "is", "precision", "recall", "swd_x1000_mean":
@@ -1335,7 +1336,7 @@ def test_statistics_of_others_give_the_fid_and_those_of_another_network_are_refu
     assert "were made with network another, not" in refused(monkeypatch, capsys, metrics, "--real", tmp_path / "ours.npz", *command)
 
 
-def test_copies_are_found_and_shown(inception_file, tiny_run, tmp_path):
+def test_copies_are_found_and_shown(inception_file, tiny_run, tmp_path, monkeypatch, capsys):
     for name, images in ("train", drawn_shapes(0, 16)), ("held", drawn_shapes(20, 36)):
         for i, image in enumerate(images):
             picture(tmp_path / name / train.Shapes(32).classes[i % 10], f"{i}.png")
@@ -1346,6 +1347,9 @@ def test_copies_are_found_and_shown(inception_file, tiny_run, tmp_path):
     assert scores_in(tmp_path / "m.json")["nearer_than_held_out"] == (1 + 0.5) / 2
     grid = np.asarray(Image.open(tmp_path / "n.png"))
     assert grid.shape == (10 * 34 + 2, 6 * 34 + 2, 3) and np.array_equal(grid[:, 2:34], grid[:, 36:68])
+    mislabelled = as_npz(tmp_path, both, np.full(32, 10))
+    assert "does not have the classes of" in refused(monkeypatch, capsys, metrics, "--weights", tiny_run, "--data", tmp_path / "train",
+                                                     "--held-out", mislabelled, "--inception", "none", "--out", tmp_path / "x.json")
     # D's verdicts on training and held-out images, as a run's own D gives them.
     start("--weights", tiny_run, *command[:4], "--n", 16, "--inception", "none", "--out", tmp_path / "m.json", module=metrics)
     found = sample.read_weights(tiny_run, to_train=True)
@@ -1361,6 +1365,26 @@ def test_copies_are_found_and_shown(inception_file, tiny_run, tmp_path):
 def test_the_deviation_of_kid_is_one_of_different_subsets():
     sets = [metrics.Seen(40, features=np.random.default_rng(k).normal(size=(40, 8)).astype(np.float32)) for k in (0, 1)]
     assert metrics.compare(*sets)["kid_x1000_deviation"] > 1e-3
+
+
+def test_fids_of_different_numbers_of_images_are_not_compared():
+    monitor = metrics.Monitor()
+    for step, n, fid in (50, 64, 20.0), (100, 32, 90.0), (150, 32, 91.0), (200, 32, 80.0):
+        reason, best = monitor.judge(healthy(step, fid=fid, fid_n=n))
+        assert reason is None and best == (step in (50, 100, 200))
+    monitor.judge(healthy(250, fid=200.0, fid_n=32))
+    assert "the FID of 32 images is 190.0, at step 200 it was 80.0" in monitor.judge(healthy(300, fid=190.0, fid_n=32))[0]
+
+
+def test_inception_keeps_full_precision_where_training_does_not(inception_file):
+    inception, flags, before = metrics.Inception(inception_file), [], torch.backends.cudnn.allow_tf32
+    allowed = lambda: (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    inception.conv = lambda *_, **__: flags.append(allowed()) or 1 / 0
+    torch.backends.cudnn.allow_tf32 = True
+    with pytest.raises(ZeroDivisionError):
+        inception(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    assert flags == [(False, False)] and torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def test_a_generator_that_draws_what_is_not_finite_is_refused():
@@ -1388,7 +1412,7 @@ def test_training_measures_the_fid_and_keeps_the_best(inception_file, tmp_path, 
     entry = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     checkpoint = weights_of(tmp_path, 2)
     assert f"FID {entry['fid']:.2f}; score" in capsys.readouterr().out
-    assert checkpoint["monitor"]["judged_by"] == "fid" and checkpoint["monitor"]["score"] == entry["fid"]
+    assert checkpoint["monitor"]["judged_by"] == "FID of 16 images" and checkpoint["monitor"]["score"] == entry["fid"]
     trainer_G = standing_statistics(biggan.fold_spectral_norm(sample.read_generator(tmp_path)), sample.STANDING_BATCHES)
     inception = metrics.Inception(inception_file)
     real, fake = (metrics.see(images, inception) for images in (metrics.Given("shapes", 32, 16), metrics.Drawn(trainer_G, 16)))
@@ -3187,6 +3211,12 @@ def test_a_file_that_is_no_sound_checkpoint_is_refused(tiny_run, tmp_path, monke
     (["--weights", "shapes", "--data", "shapes", "--neighbours", "a.jpg"], "must end in .png"),
     (["--weights", "shapes", "--data", "shapes", "--neighbours", "a.png", "--inception", "none"], "--neighbours needs Inception"),
     (["--weights", "shapes", "--data", "shapes", "--resizer", "lanczos"], "invalid choice: 'lanczos'"),
+    (["--weights", "shapes", "--data", "shapes", "--resizer", "tensorflow", "--inception", "none"], "--resizer needs Inception"),
+    (["--weights", "shapes", "--data", "shapes", "--held-out", "shapes"], "--held-out shapes is the same as --data"),
+    (["--weights", "shapes", "--data", "shapes", "--seed", "0", "1", "--neighbours", "a.png"], "shows one set of samples"),
+    (["--weights", "shapes", "--data", "shapes", "--trunc", "inf"], "must be smaller numbers"),
+    (["--fake", "images.npz", "--data", "images.npz", "--seed", "3"], "--fake excludes --seed"),
+    (["--fake", "odd.npz", "--data", "odd.npz", "--inception", "none"], "odd.npz holds images of 33 pixels; a size like"),
     (["--weights", "shapes", "--data", "shapes", "--trunc", "2", "--trunc-kind", "scale", "--inception", "none"], "2 is above 1"),
     (["--weights", "shapes", "--data", "images.npz", "--inception", "none"], "images.npz has images of 16 pixels and the others have 32"),
     (["--fake", "images.npz", "--data", "images.npz", "--n", "7", "--inception", "none"], "has 6 images, fewer than --n 7; pass --n 6"),
@@ -3200,6 +3230,7 @@ def test_a_wrong_request_for_scores_is_refused(tmp_path, monkeypatch, capsys, ar
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     as_npz(tmp_path, np.zeros((6, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "odd.npz", np.zeros((6, 33, 33, 3), np.uint8))
     (tmp_path / "text.npz").write_text("hello")
     assert sentence in refused(monkeypatch, capsys, metrics, *arguments)
 

@@ -187,6 +187,8 @@ def parse_settings(arguments):
     for name in ("g_lr", "d_lr", "gp", "ortho", "r1", "sigma_pull", "shared_dim", "seed", "ema_start", "workers", "fid"):
         if getattr(s, name) is not None and not 0 <= getattr(s, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be 0 or more and finite, not {getattr(s, name)}")
+    if s.fid == 1:
+        parser.error("--fid must be 0 or at least 2, since a distribution is compared")
     if s.seed >= 2**62:
         parser.error(f"--seed must be below 2^62, not {s.seed}")
     for name in ("beta1", "beta2", "ema"):
@@ -642,8 +644,8 @@ def ignore_interrupts(worker):
 store = None                                                       # what the processes can leave for one another, if there are several
 
 
-def join_processes():
-    """Find the other processes, if torchrun has started several. Returns this one's device."""
+def join_processes(timeout=None):
+    """Find the other processes, if torchrun has started several. Returns this one's device. timeout: how long they wait for each other."""
     global store
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device()
@@ -656,7 +658,8 @@ def join_processes():
     if store.check(["given up"]):
         sys.exit(1)                                                 # see give_up
     store = dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=own_rank, world_size=size)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout,
+                            store=store, rank=own_rank, world_size=size)
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -697,7 +700,9 @@ def together(work, *arguments, first_only=False):
         error = next((e for _, e in everyone if e), None)
         result = everyone[0][0] if first_only else result
     if error:
-        raise UserError(error)
+        error = UserError(error)
+        error.shared = True                                         # `run`: everyone has it, so one will say it
+        raise error
     return result
 
 
@@ -1235,17 +1240,21 @@ def references(data, seed):
 
 
 def fid_of(trainer, s):
-    """A function from G to its FID, if it is to be measured and can be. It is for all processes to call; the first one knows the result."""
-    wanted = s.fid if s.fid is not None else 10_000 if trainer.device.type == "cuda" and INCEPTION.exists() else 0
+    """The number of images, and a function from G to its FID for all processes to call, of which the first one knows the result; or None
+    twice."""
+    at_hand = together(INCEPTION.exists, first_only=True)           # the first one's answer: all must do the same
+    wanted = s.fid if s.fid is not None else 10_000 if trainer.device.type == "cuda" and at_hand else 0
     if not wanted:
-        return None
+        return None, None
     inception = Inception(together(find_inception)).to(trainer.device)
     real = see_real(Given(s.data, trainer.config.resolution, wanted if s.data == "shapes" else None, most=50_000), inception)
 
+    moments = (real.mu, real.cov) if rank() == 0 else None
+
     def measure(G):
-        fake = see(Drawn(G, wanted), inception)
-        return frechet_distance(real.mu, real.cov, fake.mu, fake.cov) if rank() == 0 else None
-    return measure
+        fake = see(Drawn(G, wanted), inception, moments_only=True)
+        return frechet_distance(*moments, fake.mu, fake.cov) if rank() == 0 else None
+    return wanted, measure
 
 
 def look_closer(trainer, data, held_out, fake, s):
@@ -1265,6 +1274,7 @@ def look_closer(trainer, data, held_out, fake, s):
 
 def train(trainer, data, held_out, s):
     """The loop: steps, a line of progress, log, samples, checkpoints; until the steps are done, a signal asks to stop, or G collapses."""
+    fid_n, measure_fid = fid_of(trainer, s)
     stop = []
 
     def ask_to_stop(number, frame):
@@ -1279,7 +1289,6 @@ def train(trainer, data, held_out, s):
     if log:
         trainer.monitor.log = log.newest
         real, labels = references(data, s.seed)
-    measure_fid = fid_of(trainer, s)
     real_batches = batches(data, s, trainer.step, trainer.device)
     sums, since, started = 0, trainer.step, time.perf_counter()
     saved = trainer.step                                            # the newest step that is on the disk
@@ -1307,7 +1316,7 @@ def train(trainer, data, held_out, s):
                 say(progress(entry, s), end=end_of_line)
                 if due(s.eval_every):
                     measured, text = look_closer(trainer, data, held_out, fake, s)
-                    entry |= measured | ({} if fid is None else {"fid": fid})
+                    entry |= measured | ({} if fid is None else {"fid": fid, "fid_n": fid_n})
                     text = text if fid is None else f"FID {fid:.2f}; {text}"
                     say(f"step {step}: {text}\033[K" if sys.stdout.isatty() else text)
             before = trainer.monitor.state_dict()
@@ -1440,4 +1449,5 @@ def peaks(device, dtype):
 
 
 if __name__ == "__main__":
-    run(main)
+    import train as this_file                                       # as sample.py and metrics.py know it
+    run(this_file.main)
