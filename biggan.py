@@ -264,8 +264,10 @@ class Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        mean = precise(x).mean((0, 2, 3))
-        var = (precise(x) - per_channel(mean)).square().mean((0, 2, 3))
+        full = precise(x)
+        mean = full.mean((0, 2, 3))
+        centred = torch.sub(full, per_channel(mean), out=None if full is x else full)   # in place where it is a copy: memory costs more
+        var = centred.square_().mean((0, 2, 3))                                         # time than arithmetic
         if processes() > 1:                                         # variance of the whole = mean of variances + variance of means
             own = torch.stack([mean, var])
             shares = [torch.empty_like(own) for _ in range(processes())]
