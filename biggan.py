@@ -372,7 +372,8 @@ class SelfAttention(nn.Module):
         phi = positions(F.max_pool2d(self.phi(x), 2))               # (N, HW/4, C/8)
         g = positions(F.max_pool2d(self.g(x), 2))                   # (N, HW/4, C/2)
         scores = theta @ phi.mT                                     # (N, HW, HW/4): row = who asks, column = who answers
-        weights = precise(scores).softmax(-1).to(g.dtype)           # (N, HW, HW/4), every row sums to 1
+        with torch.autocast(x.device.type, enabled=False):          # it adds up in float32 in any case, without float32 copies of the map
+            weights = scores.softmax(-1)                            # (N, HW, HW/4), every row sums to 1
         heard = (weights @ g).view(N, H, W, C // 2).permute(0, 3, 1, 2)     # (N, C/2, H, W)
         return torch.addcmul(x, self.gamma.to(x.dtype), self.o(heard))
 

@@ -211,7 +211,7 @@ def keep_freed_memory():
     on_cpu = sys.platform == "linux" and not torch.cuda.is_available()
     if on_cpu and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-4, 0)                                              # M_MMAP_MAX: no block outside the heap
-        mallopt(-1, 2**31 - 1)                                      # M_TRIM_THRESHOLD: keep up to 2 GB of free heap
+        mallopt(-1, -1)                                             # M_TRIM_THRESHOLD: keep all of it
 
 
 def pick_device():
