@@ -2238,6 +2238,29 @@ def assert_equal_up_to_rounding(a, b):
         elif isinstance(a[key], torch.Tensor):
             close(a[key], b[key], 1e-13, 1e-9)
 
+def test_five_steps_with_4x4_kernels_equal_five_with_the_papers_operations(monkeypatch):
+    """Up-sampling and pooling done as they are written, in float64."""
+    states = []
+    for _ in range(2):
+        t, real = trainer("--precision", "fp64", "--d-steps", 2)
+        for _ in range(5):
+            t.train_step(real)
+        states.append({"G": t.G.state_dict(), "D": t.D.state_dict(), "G_ema": t.ema.model.state_dict()})
+        monkeypatch.setattr(biggan, "upsample_conv3x3", lambda x, layer: layer(biggan.upsample(x)))
+        monkeypatch.setattr(biggan, "conv3x3_downsample", lambda x, layer: F.avg_pool2d(layer(x), 2))
+    assert any(not torch.equal(states[0]["G"][name], states[1]["G"][name]) for name in states[0]["G"])      # it was another way
+    assert_equal_up_to_rounding(*states)
+
+
+def test_the_benchmark_counts_operations_and_says_where_the_time_goes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    start("--preset", "shapes", "--ch", 8, "--batch", 8, "--benchmark", 2)
+    said = capsys.readouterr().out
+    assert re.search(r"real images per second; \d+ ms per step: 1 times \d+ ms for D, \d+ ms for G", said)
+    assert re.search(r"at most [\d.]+ GB\n\d+% of the time is outside convolutions; the five largest entries:(\n +\d+% +\d+ x .*){5}", said)
+    assert not listing(tmp_path)
+
+
 
 @pytest.mark.parametrize("n, name, options", [(2, "whole", []), (4, "whole", []), (2, "split", ["--micro-batch", 4])])
 def test_several_processes_compute_what_one_does(one_process, tmp_path, n, name, options):
