@@ -397,13 +397,13 @@ def mixture(length, side, place):                                   # -> (side, 
     return M
 
 
-def find_inception(path=None):
+def find_inception(path=None, otherwise="--inception none scores without it"):
     """The path of Inception's weights: this one, or the published ones, fetched once and checked."""
     if path:
         if not Path(path).is_file():
             raise UserError(f"the Inception weights {path} do not exist; leave out --inception to fetch them, or name the file")
         return Path(path)
-    fetch_weights([INCEPTION_URL], None, INCEPTION, "Inception's network", "--inception none scores without it")
+    fetch_weights([INCEPTION_URL], None, INCEPTION, "Inception's network", otherwise)
     if (found := sha256(INCEPTION)) != INCEPTION_SHA256:
         raise UserError(f"{INCEPTION} is damaged or another file: its sha256 begins with {found}, not {INCEPTION_SHA256}; "
                         "delete it and repeat the command")

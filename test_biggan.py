@@ -1405,6 +1405,15 @@ def test_a_class_has_an_fid_of_its_own_where_there_are_enough_images(monkeypatch
     assert "fid_per_class" not in metrics.compare(*sets, ["a", "b"]) and "fid_per_class" not in metrics.compare(*sets)
 
 
+def test_an_fid_that_cannot_be_measured_is_refused_before_a_run_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "PAUSE", 0)
+    monkeypatch.setattr(metrics, "INCEPTION_URL", "http://localhost:1/none")
+    error = refused(monkeypatch, capsys, train, *TINY, "--out", "run", "--fid", 64)
+    assert "could not be fetched" in error and "leave out --fid" in error and not listing(tmp_path)
+    assert "--fid must be 0 or at least 2" in refused(monkeypatch, capsys, train, *TINY, "--fid", 1)
+
+
 def test_training_measures_the_fid_and_keeps_the_best(inception_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "INCEPTION", inception_file)
     monkeypatch.setattr(metrics, "INCEPTION_SHA256", hashlib.sha256(inception_file.read_bytes()).hexdigest()[:8])

@@ -1170,6 +1170,8 @@ def main(arguments):
     config = dataclasses.replace(config, n_classes=len(data.classes))
     if s.benchmark:
         return benchmark(Trainer(s, config, device), data, s)
+    if s.fid:
+        together(find_inception, None, "leave out --fid to train without it")
     described = {**dataclasses.asdict(s), **plain(config), "images": len(data), "classes": data.classes}
     path = together(open_run, s, described, first_only=True)
     try:
