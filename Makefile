@@ -1,8 +1,8 @@
 # make demo    train on drawn shapes and show what the generator draws (14 minutes on two CPU cores)
-# make test    the tests (4 minutes)
-# make check   the demo's samples judged by a classifier, after make demo (2 minutes)
+# make test    the tests (5 minutes)
+# make check   the demo's samples judged by a classifier, after make demo (1 minute)
 # make trial   thirty kills, a collapse and a full disk (5 minutes, as root)
-# make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (6 minutes)
+# make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (7 minutes)
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 
 PYTHON ?= python3
