@@ -3,6 +3,7 @@
 # make check   the demo's samples judged by a classifier, after make demo (1 minute)
 # make trial   thirty kills, a collapse and a full disk (5 minutes, as root)
 # make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (7 minutes)
+# make port PORT=DIR    training speed beside the author's code (ajbrock/BigGAN-PyTorch), checked out in DIR (5 minutes)
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 
 PYTHON ?= python3
@@ -26,9 +27,12 @@ peers: .venv/ready
 	.venv/bin/python -m pip install --quiet --no-deps pytorch-fid==0.3.0 torchvision==0.29.2
 	.venv/bin/python -m pytest -q -s -o python_functions='peer_*' test_biggan.py
 
+port: .venv/ready
+	PORT="$(PORT)" .venv/bin/python -m pytest -q -s -o python_functions='beside_*' test_biggan.py
+
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a virtual environment; install one that can (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch .venv/ready
 
-.PHONY: demo test check trial peers
+.PHONY: demo test check trial peers port

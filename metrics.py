@@ -426,23 +426,29 @@ PATCHED = 32 * BLOCK                                                # the first 
 
 class Given:
     """The images of a folder, packed or not, of an array, or drawn shapes that training never sees, in a random order that is always the
-    same: all (but no more than `most`), or the first n of them. labels (n,) and classes (names), or None where there are none."""
+    same: all (but no more than `most`), or the first n of them. resolution: None for their own. labels (n,) and classes (names), or None
+    where there are none."""
 
     def __init__(self, source, resolution, n=None, option="--n", most=None):
         from train import Shapes, open_packed
-        self.source, self.resolution = str(source), resolution
+        self.source = str(source)
         if source == "shapes":
+            resolution = resolution or 32
             self.data = Shapes(resolution, held_out=True)
             n = n or PATCHED
         elif self.source.endswith(".npz"):
             self.data = Array(source)
+            resolution = resolution or self.data.images.shape[1]
             if self.data.images.shape[1] != resolution:
                 raise UserError(f"{source} has images of {self.data.images.shape[1]} pixels and the others have {resolution}; "
                                 "draw it at their size")
         elif Path(source, "packed.json").exists():
             self.data = open_packed(source, resolution)
+            resolution = self.data.images.shape[1]
         else:
             self.data = Files(source, resolution)
+            resolution = self.data.resolution
+        self.resolution = resolution
         if n and n > len(self.data):
             raise UserError(f"{source} has {len(self.data)} images, fewer than {option} {n}; pass {option} {len(self.data)}")
         self.n, self.classes = n or min(len(self.data), most or len(self.data)), self.data.classes
@@ -464,9 +470,9 @@ class Given:
     def blocks(self, n):
         """This process's share of the first n images."""
         from train import ignore_interrupts
-        numbers = range(rank(), -(-n // BLOCK), processes())
-        return torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, collate_fn=as_it_is, worker_init_fn=ignore_interrupts,
-                                           num_workers=8 if torch.cuda.is_available() and isinstance(self.data, Files) else 0)
+        workers = 8 if torch.cuda.is_available() and isinstance(self.data, Files) else 0
+        return torch.utils.data.DataLoader(self, batch_size=None, sampler=own_blocks(n), collate_fn=as_it_is,
+                                           worker_init_fn=ignore_interrupts, num_workers=workers)
 
     def image(self, row):
         return np.asarray(self.data[int(self.order[row])][0])
@@ -477,6 +483,10 @@ class Given:
                  sorted(Path(self.source).glob("*.*")) if self.source != "shapes" else [])
         entries = (f"{path} {stat.st_size} {stat.st_mtime_ns}" for path in paths for stat in [os.stat(path)])
         return f"{zlib.crc32(chr(10).join(entries).encode()):08x}"
+
+
+def own_blocks(n):                                                  # which blocks of n images are this process's
+    return range(rank(), -(-n // BLOCK), processes())
 
 
 def as_it_is(block):
@@ -490,7 +500,6 @@ class Files:
         from train import is_image
         if not Path(root).is_dir():
             raise UserError(f"{root} is not a folder of images, nor an array FILE.npz; name another")
-        self.resolution = resolution
         self.paths = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names
                             if is_image(name) and "/." not in folder[len(str(root)):])
         if not self.paths:
@@ -499,6 +508,20 @@ class Files:
         if all(len(parts) > 1 for parts in names):
             self.classes, self.labels = np.unique([parts[0] for parts in names], return_inverse=True)
             self.classes = self.classes.tolist()
+        self.resolution = resolution or self.common_side(root)
+
+    def common_side(self, root):
+        """The largest power of two that the first readable image is not smaller than."""
+        for path in self.paths:
+            try:
+                with Image.open(path) as image:
+                    side = min(image.size)
+            except Exception:                                       # it will be named when it is its turn
+                continue
+            if side < 16:
+                raise UserError(f"{path} is smaller than 16 pixels, too small for these scores")
+            return 2**int(math.log2(side))
+        raise UserError(f"{root} holds no readable image")
 
     def __len__(self):
         return len(self.paths)
@@ -573,7 +596,7 @@ class Drawn:
 
     def blocks(self, n):
         self.G.load_state_dict({**self.G.state_dict(), **self.moments})
-        return (self[b] for b in range(rank(), -(-n // BLOCK), processes()))
+        return (self[b] for b in own_blocks(n))
 
     def image(self, row):
         return self[row // BLOCK][1][row % BLOCK]
@@ -684,27 +707,6 @@ def read_statistics(path, made_from=None):
         return found if shaped and np.isfinite(found.mu).all() and np.isfinite(found.cov).all() else None
     except Exception:                                               # numpy and zipfile raise what their parsers do
         return None
-
-
-def common_side(source):
-    """The largest power of two that the first readable image of a folder is not smaller than."""
-    from train import open_packed
-    if source == "shapes":
-        return 32
-    if source.endswith(".npz"):
-        return Array(source).images.shape[1]
-    if Path(source, "packed.json").exists():
-        return open_packed(source).images.shape[1]
-    for path in Files(source, 0).paths:
-        try:
-            with Image.open(path) as image:
-                side = min(image.size)
-        except Exception:                                           # it will be named when it is its turn
-            continue
-        if side < 16:
-            raise UserError(f"{path} is smaller than 16 pixels, too small for these scores")
-        return 2**int(math.log2(side))
-    raise UserError(f"{source} holds no readable image")
 
 
 # ---------------------------------------------------------------- scores
@@ -857,6 +859,7 @@ def memory_of(weights, real, held_out):
     """The probability that D takes a training image for more real than a held-out one, or None without a D.
 
     1/2: D has learnt what images look like. Near 1: it knows its training images by heart (section 4.2)."""
+    from train import to_network
     found, device = read_weights(weights, to_train=True), pick_device()
     if not found.D:
         return None
@@ -872,8 +875,7 @@ def memory_of(weights, real, held_out):
         verdicts.append([])
         for b in range(-(-min(PATCHED, images.n) // BLOCK)):
             rows, x = images[b]
-            x = torch.from_numpy(x).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            verdicts[-1] += D(x, torch.from_numpy(images.labels[rows]).to(device)).tolist()
+            verdicts[-1] += D(to_network(torch.from_numpy(x), device), torch.from_numpy(images.labels[rows]).to(device)).tolist()
     return chance_below(verdicts[1], verdicts[0])
 
 
@@ -958,12 +960,14 @@ def parse(arguments):
 def main(arguments):
     args = parse(arguments)
     keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False                         # images are drawn as sample.py draws them
 
     # What is compared, and can it be? All of it is looked at before anything is fetched or drawn.
     Gs = [] if args.fake else [read_generator(weights) for weights in args.weights or [None]]
     for G, t in itertools.product(Gs, args.trunc or []):
         check_truncation(t, args.trunc_kind or G.kind)
-    resolutions = {G.config.resolution for G in Gs} or {common_side(args.fake)}
+    given = Given(args.fake, None, args.n) if args.fake else None
+    resolutions = {given.resolution} if given else {G.config.resolution for G in Gs}
     if len(resolutions) > 1:
         raise UserError("the generators of --weights draw at different resolutions; score them one by one")
     resolution = resolutions.pop()
@@ -972,7 +976,6 @@ def main(arguments):
         raise UserError(f"{args.data} holds statistics; --held-out, --neighbours, --n-real and --inception none need the images themselves")
     real = None if stored else Given(args.data, resolution, args.n_real or (args.n if args.data == "shapes" else None), "--n-real")
     held_out = Given(args.held_out, resolution) if args.held_out else None
-    given = Given(args.fake, resolution, args.n) if args.fake else None
     inception = Inception(find_inception(args.inception), args.resizer) if args.inception != "none" else None
     for name, value in ("resolution", resolution), ("network", inception and inception.said), ("resizer", args.resizer):
         if stored and stored.made_from.get(name, value) != value:
@@ -1001,6 +1004,9 @@ def main(arguments):
     seen_real = stored or see_real(real, inception, f"of {args.data}")
     seen_held_out = see_real(held_out, inception, f"of {args.held_out}") if held_out and inception else None
     memory = together(lambda: {G.source: memory_of(G.source, real, held_out) for G in Gs} if held_out else {}, first_only=True)
+    to_real = lambda seen, k: [x.cpu().numpy() for x in
+                               nearest(*(torch.from_numpy(s.features).to(device) for s in (seen, seen_real)), k)]
+    held_out_distances = to_real(seen_held_out, 1)[0][:, 0] if held_out and inception and rank() == 0 else None
     results = []
     for name, fake, said in jobs:
         seen = see(fake, inception, f"of {said['images']}" + (f", {name}" if Gs else ""))
@@ -1011,10 +1017,9 @@ def main(arguments):
                   "resolution": resolution, "network": inception and inception.said, "resizer": inception and args.resizer,
                   **compare(seen_real, seen, (real.classes or fake.classes) if same_classes else None)}
         if inception and (held_out or args.neighbours):
-            to_real = lambda s, k: nearest(*(torch.from_numpy(x.features).to(device) for x in (s, seen_real)), k)
-            distances, which = (x.cpu().numpy() for x in to_real(seen, min(5, len(seen_real.features))))
+            distances, which = to_real(seen, min(5, len(seen_real.features)))
             if held_out:
-                result["nearer_than_held_out"] = chance_below(distances[:, 0], to_real(seen_held_out, 1)[0][:, 0].cpu())
+                result["nearer_than_held_out"] = chance_below(distances[:, 0], held_out_distances)
             if args.neighbours:
                 picture = neighbours_picture(real, seen_real, fake, seen, distances, which)
                 save_atomically(args.neighbours, lambda f: picture.save(f, "PNG"))
