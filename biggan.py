@@ -208,9 +208,9 @@ class SNEmbedding(SpectralNorm, nn.Embedding):
 # linear, each pair equals *one* convolution of stride 2 with a 4x4 kernel: the 3x3 kernel laid down in four shifted copies.
 # 16 products per pixel of the small image instead of 36, and the same result up to rounding.
 
-def four_shifted_copies(W):
-    """(..., 3, 3) -> (..., 4, 4): the sum of W placed in each corner of a 4x4 kernel."""
-    return sum(F.pad(W, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1))
+def mean_of_four_shifted(W):
+    """(out, in, 3, 3) -> (out, in, 4, 4): the mean of W laid into each corner of a 4x4 kernel, which is W pooled 2x2 in steps of 1."""
+    return F.avg_pool2d(W, 2, stride=1, padding=1)
 
 
 def upsample_conv3x3(x, layer):
@@ -218,15 +218,17 @@ def upsample_conv3x3(x, layer):
     kernel = layer.kernel
     if kernel is None:
         # A transposed convolution reads its kernel backwards and wants it as (in, out, 4, 4).
-        kernel = four_shifted_copies(layer.normalized_weight().flip(2, 3)).transpose(0, 1)
+        W = layer.normalized_weight().flip(2, 3).transpose(0, 1)
+        kernel = mean_of_four_shifted(4 * W.contiguous(memory_format=torch.channels_last))     # copied while it still has 9 pixels, not 16
     if layer.folded:                                                # for good: for one image it costs a third of the time
         layer.kernel = kernel.contiguous(memory_format=torch.channels_last)
-    return F.conv_transpose2d(x, kernel, layer.bias, stride=2, padding=1)
+    # The bias outside: inside, on a CPU, its gradient alone takes longer than all others.
+    return F.conv_transpose2d(x, kernel, stride=2, padding=1).add_(per_channel(layer.bias.to(x.dtype)))
 
 
 def conv3x3_downsample(x, layer):
     """A 3x3 convolution layer, then 2x2 average pooling. x (N, in, H, W) -> (N, out, H/2, W/2)."""
-    return F.conv2d(x, four_shifted_copies(layer.normalized_weight()) / 4, layer.bias, stride=2, padding=1)
+    return F.conv2d(x, mean_of_four_shifted(layer.normalized_weight()), layer.bias, stride=2, padding=1)
 
 
 def upsample(x):                                                    # (N, C, H, W) -> (N, C, 2H, 2W)
@@ -501,11 +503,11 @@ class DBlock(nn.Module):
 
     def forward(self, x):                                           # (N, in, H, W)
         # The ReLU is not in place: the shortcut needs x as it was.
-        h = F.relu(self.conv1(x if self.first else F.relu(x)))      # (N, middle, H, W)
+        h = self.conv1(x if self.first else F.relu(x)).relu_()      # (N, middle, H, W)
         if not self.down:
-            return self.conv2(h) + self.conv_sc(x)                  # (N, out, H, W)
+            return self.conv2(h).add_(self.conv_sc(x))              # (N, out, H, W)
         h = conv3x3_downsample(h, self.conv2)                       # (N, out, H/2, W/2)
-        return h + self.conv_sc(F.avg_pool2d(x, 2))                 # (N, out, H/2, W/2)
+        return h.add_(self.conv_sc(F.avg_pool2d(x, 2)))             # (N, out, H/2, W/2)
 
 
 class DeepDBlock(nn.Module):
@@ -524,13 +526,13 @@ class DeepDBlock(nn.Module):
 
     def forward(self, x):                                           # (N, in, H, W)
         h = self.conv1(F.relu(x))                                   # (N, out/4, H, W)
-        h = self.conv2(F.relu(h))                                   # (N, out/4, H, W)
-        h = F.relu(self.conv3(F.relu(h)))                           # (N, out/4, H, W)
+        h = self.conv2(h.relu_())                                   # (N, out/4, H, W)
+        h = self.conv3(h.relu_()).relu_()                           # (N, out/4, H, W)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)           # (N, out/4, H/2, W/2), (N, in, H/2, W/2)
         if self.conv_sc is not None:
             x = torch.cat([x, self.conv_sc(x)], dim=1)              # (N, out, H/2, W/2)
-        return self.conv4(h) + x                                    # (N, out, H/2, W/2)
+        return self.conv4(h).add_(x)                                # (N, out, H/2, W/2)
 
 
 class Discriminator(nn.Module):

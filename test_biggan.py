@@ -278,7 +278,7 @@ def test_3x3_then_pooling_is_one_strided_4x4():
 def test_four_copies_of_a_point_are_a_square():
     W = torch.zeros(1, 1, 3, 3)
     W[0, 0, 1, 1] = 1
-    close(biggan.four_shifted_copies(W)[0, 0], [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
+    close(4 * biggan.mean_of_four_shifted(W)[0, 0], [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
 
 
 def test_pooling_undoes_upsampling_and_1x1_commutes_with_both():
