@@ -2,9 +2,10 @@
 torch's own version of the technique, which appears nowhere else in this project.
 
 Order: the techniques as in biggan.py, then scores, data, runs, samples and weights, and what happens when things go wrong.
-`make test` runs the functions named test_*; check_*, trial_*, peer_* and beside_* take longer, see the Makefile.
+`make test` runs the functions named test_*; check_*, road_*, trial_*, peer_* and beside_* take longer, see the Makefile.
 """
 
+import concurrent.futures
 import copy
 import dataclasses
 import functools
@@ -3279,10 +3280,9 @@ def test_a_mistake_on_the_real_command_line_ends_in_one_sentence_and_help_in_sta
 
 # ---------------------------------------------------------------- make check: is the demo good?
 
-def check_the_demos_samples_are_the_shapes_that_were_asked_for():
-    """After `make demo`: a classifier trained on drawn shapes recognises at least 90% of 2,000 samples; they are at under a third of
-    the distance of an untrained generator's; the mean and the spread of their colours are within 25% of the drawn ones'."""
-    data, n = train.Shapes(32), 2000
+def shape_classifier():
+    """Train a classifier on drawn shapes. Returns a function: images, labels (n,) -> whether it agrees, (n,) of 0 and 1."""
+    data = train.Shapes(32)
     judge = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.BatchNorm2d(64),
                           nn.ReLU(), nn.Conv2d(64, 128, 3, 2, 1), nn.BatchNorm2d(128), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 10))
     optimizer = torch.optim.Adam(judge.parameters(), 1e-3)
@@ -3292,15 +3292,20 @@ def check_the_demos_samples_are_the_shapes_that_were_asked_for():
         optimizer.zero_grad()
         F.cross_entropy(judge(to_input(images)), torch.tensor(labels)).backward()
         optimizer.step()
-    judge.eval()
+    judge.eval().requires_grad_(False)
+    return lambda images, labels: (judge(to_input(images)).argmax(1) == labels).double()
 
+
+def check_the_demos_samples_are_the_shapes_that_were_asked_for():
+    """After `make demo`: a classifier trained on drawn shapes recognises at least 90% of 2,000 samples; they are at under a third of
+    the distance of an untrained generator's; the mean and the spread of their colours are within 25% of the drawn ones'."""
+    data, n, agrees = train.Shapes(32), 2000, shape_classifier()
     labels = torch.arange(n) % 10
     real = drawn_shapes(0, n)
     G = sample.load_generator(HERE / "runs/shapes")
     fake = sample.draw_seeds(G, labels.tolist(), range(n))
     untrained = standing_statistics(Generator(G.config), batches=16)
-    with torch.no_grad():
-        correct = {name: (judge(to_input(images)).argmax(1) == labels).double() for name, images in (("real", real), ("fake", fake))}
+    correct = {name: agrees(images, labels) for name, images in (("real", real), ("fake", fake))}
     agreement = {name: c.mean().item() for name, c in correct.items()}
     distance = {name: np.mean(list(metrics.pyramid_distances(real, images).values())) for name, images in
                 (("fake", fake), ("untrained", sample.draw_seeds(untrained, labels.tolist(), range(n))),
@@ -3314,6 +3319,47 @@ def check_the_demos_samples_are_the_shapes_that_were_asked_for():
     assert agreement["real"] > 0.99 and agreement["fake"] >= 0.9
     assert distance["fake"] < distance["untrained"] / 3
     assert np.abs(fake_mean / real_mean - 1).max() < 0.25 and np.abs(fake_spread / real_spread - 1).max() < 0.25
+
+
+# ---------------------------------------------------------------- the road to BigGAN on drawn shapes, by `make road`
+
+SNGAN = dict(shared_dim=0, skip_z=False, g_sn=False, d_wide=False, g_attention=0, d_attention=0)
+SAGAN = dict(shared_dim=0, skip_z=False)
+ROAD = {  # what differs from shapes32 (at width 16, batch 32), and options of train.py
+    "SN-GAN": (SNGAN, "--ortho 0"),
+    "SAGAN: attention, spectral norm in G, a wider D": (SAGAN, "--ortho 0"),
+    "+ shared class vectors": (dict(skip_z=False), "--ortho 0"),
+    "+ skip-z": ({}, "--ortho 0"),
+    "+ orthogonal regularisation: BigGAN": ({}, ""),
+    "+ batch 64": ({}, "--batch 64"),
+    "+ width 32": ({}, "--batch 64 --ch 32"),
+}
+
+
+def road_on_shapes(tmp_path):
+    """Seven models, 2,000 steps each, three seeds, one thread each, as many at a time as there are cores."""
+    agrees, labels, real = shape_classifier(), torch.arange(2000) % 10, drawn_shapes(0, 2000)
+
+    def travel(name, seed):
+        changes, options = ROAD[name]
+        out = tmp_path / f"{list(ROAD).index(name)}-{seed}"
+        arguments = f"--preset shapes --model road --ch 16 --batch 32 --steps 2000 --seed {seed} {options} --on-collapse warn --out {out}"
+        code = ("import dataclasses, biggan, train; "
+                f"biggan.MODELS['road'] = dataclasses.replace(biggan.MODELS['shapes32'], **{changes}); train.main({arguments.split()})")
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        minutes = (time.perf_counter() - started) / 60
+        fake = sample.draw_seeds(sample.load_generator(out), labels.tolist(), range(2000))
+        return 1000 * np.mean(list(metrics.pyramid_distances(real, fake).values())), 100 * agrees(fake, labels).mean().item(), minutes
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        # seed after seed, so that models are compared under the same conditions
+        found = {(name, seed): pool.submit(travel, name, seed) for seed in range(3) for name in ROAD}
+        print()
+        for name in ROAD:
+            distance, agreement, minutes = zip(*(found[name, seed].result() for seed in range(3)))
+            print(f"{name:50} distance {np.mean(distance):6.1f} +- {np.std(distance, ddof=1):5.1f}   "
+                  f"classifier agrees {np.mean(agreement):5.1f}% +- {np.std(agreement, ddof=1):4.1f}   {np.mean(minutes):4.1f} minutes")
 
 
 # ---------------------------------------------------------------- beside others, by `make peers`
