@@ -1,17 +1,23 @@
 """BigGAN, every technique written out by hand.
 
-A generator G turns noise z and a class y into an image. A discriminator D looks at an image and a class and answers with one
-number: large if it believes the image is a real one of that class. D is trained to tell real from generated, G to be believed; they
-take turns (`Trainer.train_step` in train.py). If both could learn anything and found their optimum, the generated images would be
-distributed like the real ones.
+A generator G turns noise z and a class y into an image. A discriminator D looks at an image x and a class y and answers with one
+number D(x, y): large if it takes x for a real image of that class. They learn in turns (`Trainer.train_step` in train.py):
 
-Reading order: the numbers (MODELS), then the techniques, each a few lines (spectral norm, batch norm, attention), then the two
-networks that are built from them, then what training needs (losses, orthogonal penalty, truncation, averaged weights).
+    D minimises  E max(0, 1 - D(x, y)) + E max(0, 1 + D(G(z, y), y))      over real x with their y, and normal z with any y
+    G minimises  - E D(G(z, y), y)                                        the gradient comes to G through D, which stands still
+
+D learns to tell real from generated, G to be believed. If both could learn anything and found their optimum, the generated images would
+be distributed like the real ones.
+
+Reading order: the techniques, each a few lines (spectral norm, resampling, batch norm, attention); the two networks that are built from
+them, and their sizes (MODELS); then what training needs (losses, penalties) and what makes good samples (truncation, averaged weights).
 
 Paper: Brock, Donahue, Simonyan, "Large Scale GAN Training for High Fidelity Natural Image Synthesis", ICLR 2019,
 arXiv:1809.11096. "section 3.1", "table 4" and so on below refer to it.
 
-Shapes: N images, C channels, H x W pixels, R the image's resolution.
+Shapes: N images, C channels, H x W pixels, R the image's resolution. Training may run under autocast, which computes convolutions and
+products in 16 bits; `precise` and `autocast(enabled=False)` mark what must not be. channels_last: in memory, pixels outside and
+channels inside, for faster convolutions.
 """
 
 import copy
@@ -24,105 +30,17 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# ---------------------------------------------------------------- the numbers
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything that decides the shape of G and D. Channel numbers are multiples of `ch`, as the paper prints them.
-
-    The terms are explained below, where each thing is built."""
-    resolution: int                 # R, pixels per side
-    g_channels: tuple               # G: entering its first block (at 4x4), then leaving each block; every block doubles H and W
-    d_channels: tuple               # D: leaving each block; the first block receives the 3 colours
-    d_down: int                     # D: this many of its first blocks halve H and W, the others keep them
-    g_attention: int                # attention follows the block whose output has this many pixels per side; 0 for none
-    d_attention: int
-    z_dim: int                      # length of the noise vector
-    ch: int = 96                    # the width everything is a multiple of
-    n_classes: int = 1000
-    shared_dim: int = 128           # length of the class vector that all layers of G share; 0: every layer has a class table
-    skip_z: bool = True             # cut z into equal chunks: one for the first layer, one for each block (section 3)
-    deep: bool = False              # BigGAN-deep: bottleneck blocks, two per resolution; all of z goes to every block (appendix B)
-    d_wide: bool = True             # D's blocks widen in their first convolution; SN-GAN's widen in the second
-    g_sn: bool = True               # spectral norm in G too; SN-GAN has it in D alone
-    rgb_filters: int = 3            # of G's last convolution; the first three make the image
-    sn_eps: float = 1e-4            # the paper's value for low precision, in spectral norm ...
-    bn_eps: float = 1e-4            # ... and in batch norm (appendix C)
-
-    def __post_init__(self):
-        # Lists become tuples, so that a configuration read back from a file equals the one that was written.
-        for name in ("g_channels", "d_channels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        blocks = len(self.g_channels) - 1
-        if 4 * 2**blocks != self.resolution:
-            raise ValueError(f"g_channels has {blocks} blocks, which make {4 * 2**blocks} pixels, not {self.resolution}")
-        for network, size, sizes in (("g", self.g_attention, [8 * 2**i for i in range(blocks)]),
-                                     ("d", self.d_attention, [self.resolution // 2**(i + 1) for i in range(self.d_down)])):
-            if size and size not in sizes:
-                raise ValueError(f"{network}_attention {size} is not what a block makes; 0 (none) or one of {sizes} could be")
-        if self.skip_z and self.deep:
-            raise ValueError("deep gives all of z to every block; skip_z must be False")
-        if not self.shared_dim and (self.skip_z or self.deep):
-            raise ValueError("a class table per layer (shared_dim 0) needs skip_z and deep to be False")
-        growing = [list(channels) for channels in (self.g_channels[::-1], self.d_channels)]
-        if self.deep and growing != [sorted(channels) for channels in growing]:
-            raise ValueError("deep needs g_channels that never grow and d_channels that never shrink, for its shortcuts")
-        if self.rgb_filters < 3:
-            raise ValueError(f"rgb_filters must be at least 3, one per colour, not {self.rgb_filters}")
-        if self.skip_z and self.z_dim % (blocks + 1):
-            raise ValueError(f"z_dim {self.z_dim} cannot be cut into {blocks + 1} equal chunks for skip_z; "
-                             f"{self.z_dim // (blocks + 1) * (blocks + 1) or blocks + 1} could")
-
-    @property
-    def z_chunk(self):
-        """How many components of z the first layer (and, with skip_z, each block) receives."""
-        return self.z_dim // len(self.g_channels) if self.skip_z else self.z_dim
-
-    @property
-    def c_dim(self):
-        """Length of the condition c that sets gain and bias in G's batch norms; 0 where it is the class index itself."""
-        return self.shared_dim + (self.z_chunk if self.skip_z or self.deep else 0)
-
-    @property
-    def g_sn_eps(self):
-        return self.sn_eps if self.g_sn else None                   # None: no spectral norm
-
-
-DEEP = dict(ch=128, skip_z=False, deep=True, rgb_filters=128)
-ROAD = dict(ch=64, skip_z=False, shared_dim=0)
-
-MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention in G and D, z. Tables 4 to 9.
-    # The channels of 32 and 64 and G's attention at 256 are those of the author's PyTorch code; the paper's table 5 has that attention
-    # at 128x128. shapes32 is ours: narrow where the pixels are many, for drawn shapes on two CPU cores.
-    "shapes32":  ModelConfig(32, (4, 4, 2, 1), (1, 2, 4, 4), 3, 16, 16, 64, ch=32, n_classes=10, shared_dim=32),
-    "biggan32":  ModelConfig(32, (4, 4, 4, 4), (4, 4, 4, 4), 2, 0, 0, 128, ch=64, n_classes=10),
-    "biggan64":  ModelConfig(64, (16, 16, 8, 4, 2), (1, 2, 4, 8, 16), 4, 32, 32, 100, ch=64),
-    "biggan128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 120),
-    "biggan256": ModelConfig(256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 64, 64, 140),
-    "biggan512": ModelConfig(512, (16, 16, 8, 8, 4, 2, 1, 1), (1, 1, 2, 4, 8, 8, 16, 16), 7, 64, 64, 160),
-
-    # Deep: every step of these channel lists is a pair of blocks; D starts with a lone convolution to its first entry. The published
-    # weights and counts are those of a last convolution with 128 filters, of which 125 are never looked at (nor computed, see Generator).
-    "biggan-deep-128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 128, **DEEP),
-    "biggan-deep-256": ModelConfig(256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 64, 64, 128, **DEEP),
-    "biggan-deep-512": ModelConfig(512, (16, 16, 8, 8, 4, 2, 1, 1), (1, 1, 2, 4, 8, 8, 16, 16), 7, 64, 64, 128, **DEEP),
-
-    # The road to BigGAN: SN-GAN with projection (Miyato & Koyama 2018), then SAGAN (Zhang et al. 2019), which adds attention, spectral
-    # norm in G and a wide D, as table 1 of the paper starts from it.
-    "sngan128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 0, 0, 128, d_wide=False, g_sn=False, **ROAD),
-    "sagan128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 128, **ROAD),
-}
-
-
 # ---------------------------------------------------------------- spectral norm
-# The largest singular value sigma of a weight matrix W says how much W can stretch a vector. Dividing W by it bounds how much a layer
-# stretches, so D cannot become arbitrarily steep; BigGAN does it in G too (section 3). (For a convolution W is the kernel as a matrix with
-# a row per filter: sliding it over an image can stretch somewhat more, a 3x3 kernel at most 3 times.) sigma is found by power iteration:
-# multiplying a vector by W and W^T in turn makes the direction that W stretches most win. W moves little from one training step to
-# the next, so it is enough to remember u, that direction on the output side, and to take one more turn in every forward pass.
+# The largest singular value sigma of a weight matrix W says how much W can stretch a vector: sigma = max |W v| over |v| = 1. A layer
+# that computes with W / sigma does not stretch, and so D's slope, all that G learns from, stays bounded; BigGAN does it in G too
+# (section 3). (For a convolution W is the kernel as a matrix with a row per filter: sliding it over an image can stretch somewhat more, a
+# 3x3 kernel at most 3 times.) Power iteration finds sigma:
+#     v = W^T u / |W^T u|,   u = W v / |W v|,   sigma = u^T W v
+# Each turn multiplies the share of u in the i-th singular direction by sigma_i^2, so that of the largest wins. W moves little from one
+# training step to the next, so u is remembered, and one turn in every forward pass is enough.
 
 def power_iteration(W, u, steps=1, eps=1e-12):
-    """Estimate the largest singular value of W (rows, columns), starting from u (rows,).
+    """The largest singular value of W (rows, columns), estimated from u (rows,).
 
     Returns sigma (a scalar through which gradients reach W), u (rows,) and v (columns,), unit vectors with u^T W v = sigma.
     u and v count as constants: d sigma / dW = u v^T, the exact derivative once they have converged. Miyato et al. 2018, algorithm 1."""
@@ -167,16 +85,16 @@ def fold_spectral_norm(network, sigmas=None):
 
     sigmas: name of a layer -> its sigma, where they are known; else it is the one that the layer would use. Returns the network."""
     for name, layer in matrix_layers(network).items():
-        layer.weight.copy_(layer.weight / sigmas[name] if sigmas else layer.normalized_weight())
+        layer.weight.copy_((layer.weight / sigmas[name]) if sigmas else layer.normalized_weight())
         layer.eps, layer.folded = None, True
     return network
 
 
 class SNConv2d(SpectralNorm, nn.Conv2d):
-    """Convolution with spectral norm that keeps H and W: kernel 3 or 1, stride 1."""
+    """Convolution with spectral norm that keeps H and W: kernel of size 3 or 1, stride 1."""
 
-    def __init__(self, in_channels, out_channels, kernel, eps, bias=True):
-        super().__init__(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
+    def __init__(self, in_channels, out_channels, size, eps, bias=True):
+        super().__init__(in_channels, out_channels, size, padding=size // 2, bias=bias)
         self.init_u(eps)
         self.register_buffer("kernel", None, persistent=False)      # see upsample_conv3x3
 
@@ -205,11 +123,11 @@ class SNEmbedding(SpectralNorm, nn.Embedding):
 # ---------------------------------------------------------------- resampling folded into a convolution
 # G doubles the image by repeating each pixel, then convolves; D convolves, then averages 2x2 pixels. Both pairs do needless work:
 # the repeated pixels get multiplied more than once, and four convolved pixels are made for each one that is kept. As all of it is
-# linear, each pair equals *one* convolution of stride 2 with a 4x4 kernel: the 3x3 kernel laid down in four shifted copies.
-# 16 products per pixel of the small image instead of 36, and the same result up to rounding.
+# linear, D's pair equals *one* convolution of stride 2 with a 4x4 kernel, the mean of the 3x3 kernel laid into its four corners, and G's
+# is the transpose of such a one, with their sum: 16 products per pixel of the small image instead of 36.
 
 def mean_of_four_shifted(W):
-    """(out, in, 3, 3) -> (out, in, 4, 4): the mean of W laid into each corner of a 4x4 kernel, which is W pooled 2x2 in steps of 1."""
+    """(out, in, 3, 3) -> (out, in, 4, 4): the mean of W laid into each corner of a 4x4 kernel, which is W averaged 2x2 in steps of 1."""
     return F.avg_pool2d(W, 2, stride=1, padding=1)
 
 
@@ -219,10 +137,10 @@ def upsample_conv3x3(x, layer):
     if kernel is None:
         # A transposed convolution reads its kernel backwards and wants it as (in, out, 4, 4).
         W = layer.normalized_weight().flip(2, 3).transpose(0, 1)
-        kernel = mean_of_four_shifted(4 * W.contiguous(memory_format=torch.channels_last))     # copied while it still has 9 pixels, not 16
-    if layer.folded:                                                # for good: for one image it costs a third of the time
-        layer.kernel = kernel.contiguous(memory_format=torch.channels_last)
-    # The bias outside: inside, on a CPU, its gradient alone takes longer than all others.
+        kernel = mean_of_four_shifted(4 * W.contiguous(memory_format=torch.channels_last))      # 4 times the mean: the sum
+        if layer.folded:                                            # kept: making it takes a third of the time of one image
+            layer.kernel = kernel.detach()
+    # The bias is added outside, since inside, on a CPU, its gradient takes longer than all the others together.
     return F.conv_transpose2d(x, kernel, stride=2, padding=1).add_(per_channel(layer.bias.to(x.dtype)))
 
 
@@ -236,8 +154,9 @@ def upsample(x):                                                    # (N, C, H, 
 
 
 # ---------------------------------------------------------------- batch norm, plain and conditional
-# Batch norm shifts and scales each channel to mean 0 and variance 1 over the batch, then to a bias and a gain. In G they are how a
-# layer learns which class to draw: linear functions of a condition c, the class vector joined with a chunk of z. D has none.
+#     gain * (x - mean) / sqrt(var + eps) + bias,   mean and var of each channel over the whole batch
+# In G gain = 1 + W_g c and bias = W_b c depend on each image's condition c, its class vector joined with a chunk of its z: that is how
+# every layer learns what to draw. The whole batch is that of all GPUs. D has no batch norm: each image is judged by itself.
 
 def precise(x):                                                     # float32 for sums and exponentials, or float64 if x has it already
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -268,8 +187,8 @@ class Moments(torch.autograd.Function):
     def forward(ctx, x):
         full = precise(x)
         mean = full.mean((0, 2, 3))
-        centred = torch.sub(full, per_channel(mean), out=None if full is x else full)   # in place where it is a copy: memory costs more
-        var = centred.square_().mean((0, 2, 3))                                         # time than arithmetic
+        centred = full - per_channel(mean) if full is x else full.sub_(per_channel(mean))       # a copy may be overwritten
+        var = centred.square_().mean((0, 2, 3))
         if processes() > 1:                                         # variance of the whole = mean of variances + variance of means
             own = torch.stack([mean, var])
             shares = [torch.empty_like(own) for _ in range(processes())]
@@ -304,16 +223,16 @@ class Norm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def normalise(self, x, gain, bias):
-        """gain * (x - mean) / sqrt(var + eps) + bias. x (N, C, H, W); gain and bias (C,) or (N, C)."""
+        """x (N, C, H, W); gain and bias (C,) or (N, C)."""
         if self.training:
             mean, var = Moments.apply(x)
             n = processes() * x.numel() // x.shape[1]
-            with torch.no_grad():                                   # n / (n - 1): the unbiased estimate is the one to keep
+            with torch.no_grad():                                   # n / (n - 1): an unbiased estimate is kept, as by nn.BatchNorm2d
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var.dtype), self.momentum)
         else:
             mean, var = self.running_mean, self.running_var
-        scale = (gain * torch.rsqrt(var + self.eps)).to(x.dtype)    # (C,) or (N, C); rounded before the shift is made to fit it
+        scale = (gain * torch.rsqrt(var + self.eps)).to(x.dtype)    # (C,) or (N, C); rounded first, so that the shift fits it
         shift = bias - mean * scale
         return torch.addcmul(per_channel(shift).to(x.dtype), x, per_channel(scale))     # shift + x * scale, in one pass over x
 
@@ -331,7 +250,7 @@ class BatchNorm(Norm):
 
 
 class ConditionalBatchNorm(Norm):
-    """gain = 1 + W_g c, bias = W_b c: one pair per channel and image (section 3, figure 15).
+    """One pair per channel and image, made from c (section 3, figure 15).
 
     Without a shared class vector (shared_dim 0, as in SAGAN) c is the class index, and W_g and W_b are tables with a row per class."""
 
@@ -349,15 +268,16 @@ class ConditionalBatchNorm(Norm):
 
 
 # ---------------------------------------------------------------- self-attention
-# A convolution sees 3x3 pixels. Attention lets every position look at all others: theta asks a question (the query of a transformer),
-# phi says what a position has to offer (the key), the softmax of their products decides whom to listen to, g is what is heard (the
-# value), and o maps it back to C channels.
+# A convolution sees 3x3 pixels. Attention lets every position p look at all positions q:
+#     out_p = x_p + gamma o( sum_q a_pq g(x_q) ),   a_pq = softmax over q of theta(x_p) . phi(x_q)
+# theta, phi, g and o are 1x1 convolutions: theta asks (a transformer's query), phi offers (the key), g is what is heard (the value), and o
+# leads back to C channels.
 
 class SelfAttention(nn.Module):
-    """x + gamma * o(attention(x)), (N, C, H, W) -> (N, C, H, W). Zhang et al. 2019 (SAGAN), as its authors' code does it.
+    """(N, C, H, W) -> (N, C, H, W). Zhang et al. 2019 (SAGAN), as its authors' code does it.
 
-    phi and g are pooled 2x2, which quarters the work. The products are not divided by the square root of their length, unlike in
-    a transformer. gamma starts at 0: the layer begins as the identity and the network decides when to use it."""
+    phi and g are pooled 2x2, which quarters the work. The products are not divided by sqrt(C/8), unlike in a transformer. gamma starts
+    at 0: the layer begins as the identity and the network decides when to use it."""
 
     def __init__(self, channels, eps):
         super().__init__()
@@ -374,15 +294,17 @@ class SelfAttention(nn.Module):
         phi = positions(F.max_pool2d(self.phi(x), 2))               # (N, HW/4, C/8)
         g = positions(F.max_pool2d(self.g(x), 2))                   # (N, HW/4, C/2)
         scores = theta @ phi.mT                                     # (N, HW, HW/4): row = who asks, column = who answers
-        with torch.autocast(x.device.type, enabled=False):          # it adds up in float32 in any case, without float32 copies of the map
+        with torch.autocast(x.device.type, enabled=False):          # softmax sums in float32 anyway; autocast would also store it so
             weights = scores.softmax(-1)                            # (N, HW, HW/4), every row sums to 1
         heard = (weights @ g).view(N, H, W, C // 2).permute(0, 3, 1, 2)     # (N, C/2, H, W)
         return torch.addcmul(x, self.gamma.to(x.dtype), self.o(heard))
 
 
 # ---------------------------------------------------------------- the networks
-# Both are stacks of residual blocks: output = shortcut(x) + two convolutions of x. The 1x1 convolution of the shortcut sees one
-# pixel at a time, so it may be done before repeating pixels or after averaging them: the same result with a quarter of the work.
+#     G:  h = linear(z) as 4x4 pixels;   blocks, each doubling H and W, up to R x R;   image = tanh(conv(ReLU(BatchNorm(h))))
+#     D:  blocks, most halving H and W, down to 4x4 or 8x8;   h = sum over the pixels of ReLU(h);   D(x, y) = w . h + b + e_y . h
+# A block is residual: shortcut(x) + convolutions of x. One block of each network is followed by attention. The 1x1 convolution of a
+# shortcut sees one pixel at a time, so it may be done before repeating pixels or after averaging them: the same with a quarter of the work.
 
 class GBlock(nn.Module):
     """Doubles the resolution: norm, ReLU, up-sample, conv, norm, ReLU, conv (table 4, figure 15b)."""
@@ -444,8 +366,8 @@ class Generator(nn.Module):
         if config.shared_dim:
             # Not spectrally normalised: the author's code notes that this cripples G, for reasons unknown.
             self.shared = nn.Embedding(config.n_classes, config.shared_dim)
-        # The first layer sees z alone and the class enters with the first norm, but for deep. (Table 4 prints 20+128; the paper's own
-        # parameter counts and published weights are those of 20.)
+        # The first layer sees z alone (in deep, z and the class vector), and the class enters with the first norm. (Table 4 prints 20+128;
+        # the paper's own parameter counts and published weights are those of 20.)
         self.linear = SNLinear(config.c_dim if config.deep else config.z_chunk, 4 * 4 * channels[0], config.g_sn_eps)
         self.blocks, self.attention_after = nn.ModuleList(), None
         for i, (a, b) in enumerate(zip(channels, channels[1:])):
@@ -478,18 +400,19 @@ class Generator(nn.Module):
     def forward(self, z, y):                                        # (N, z_dim), (N,) or (N, shared_dim)
         first, per_block = self.conditions(z, y)
         h = self.linear(first).view(len(z), -1, 4, 4)               # (N, first width, 4, 4)
-        h = h.contiguous(memory_format=torch.channels_last)         # pixels outside, channels inside: faster convolutions
+        h = h.contiguous(memory_format=torch.channels_last)
         for i, (block, c) in enumerate(zip(self.blocks, per_block, strict=True), start=1):
             h = block(h, c)                                         # (N, g_channels ch, H, W): narrower and larger, up to R x R
             if i == self.attention_after:
                 h = self.attention(h)
         h = self.output_norm(h).relu_()                             # (N, last width, R, R)
+        # Of rgb_filters, sigma is that of all and only the first three are computed.
         h = F.conv2d(h, self.to_rgb.normalized_weight()[:3], self.to_rgb.bias[:3], padding=1)   # (N, 3, R, R)
         return torch.tanh(precise(h))                               # (N, 3, R, R) in [-1, 1]
 
 
 class DBlock(nn.Module):
-    """ReLU, conv, ReLU, conv, average-pool (figure 15c). The first block starts from the image itself, without a ReLU."""
+    """ReLU, conv, ReLU, conv, average-pool (figure 15c). The first block leaves out the first ReLU, which would blacken half the image."""
 
     def __init__(self, in_channels, out_channels, first, down, config):
         super().__init__()
@@ -502,12 +425,13 @@ class DBlock(nn.Module):
             self.conv_sc = SNConv2d(in_channels, out_channels, 1, config.sn_eps)
 
     def forward(self, x):                                           # (N, in, H, W)
-        # The ReLU is not in place: the shortcut needs x as it was.
+        # The first ReLU is not in place: the shortcut needs x as it was.
         h = self.conv1(x if self.first else F.relu(x)).relu_()      # (N, middle, H, W)
-        if not self.down:
-            return self.conv2(h).add_(self.conv_sc(x))              # (N, out, H, W)
-        h = conv3x3_downsample(h, self.conv2)                       # (N, out, H/2, W/2)
-        return h.add_(self.conv_sc(F.avg_pool2d(x, 2)))             # (N, out, H/2, W/2)
+        if self.down:
+            h, x = conv3x3_downsample(h, self.conv2), F.avg_pool2d(x, 2)    # (N, out, H/2, W/2), (N, in, H/2, W/2)
+        else:
+            h = self.conv2(h)
+        return h.add_(self.conv_sc(x))                              # (N, out, H/2, W/2)
 
 
 class DeepDBlock(nn.Module):
@@ -525,9 +449,9 @@ class DeepDBlock(nn.Module):
         self.conv_sc = SNConv2d(in_channels, out_channels - in_channels, 1, config.sn_eps) if out_channels > in_channels else None
 
     def forward(self, x):                                           # (N, in, H, W)
-        h = self.conv1(F.relu(x))                                   # (N, out/4, H, W)
-        h = self.conv2(h.relu_())                                   # (N, out/4, H, W)
-        h = self.conv3(h.relu_()).relu_()                           # (N, out/4, H, W)
+        h = self.conv1(F.relu(x)).relu_()                           # (N, out/4, H, W)
+        h = self.conv2(h).relu_()                                   # (N, out/4, H, W)
+        h = self.conv3(h).relu_()                                   # (N, out/4, H, W)
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)           # (N, out/4, H/2, W/2), (N, in, H/2, W/2)
         if self.conv_sc is not None:
@@ -536,7 +460,7 @@ class DeepDBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """x (N, 3, R, R) in [-1, 1], y (N,) class indices -> logits (N,): positive where x looks like a real image of class y."""
+    """x (N, 3, R, R) in [-1, 1], y (N,) class indices -> D(x, y), called logits (N,)."""
 
     def __init__(self, config):
         super().__init__()
@@ -571,12 +495,12 @@ class Discriminator(nn.Module):
                 h = self.attention(h)
         with torch.autocast(x.device.type, enabled=False):          # the logits in full precision
             h = F.relu(precise(h)).sum((2, 3))                      # (N, last width); a sum, not a mean, since SN-GAN
-            # Projection (Miyato & Koyama 2018): how real it looks at all, plus how well it points in its class's direction.
+            # Projection (Miyato & Koyama 2018): w . h + b, plus e_y . h for the class's own direction e_y.
             return self.linear(h).squeeze(1) + (self.embed(y) * h).sum(1)   # (N,)
 
 
 def initialise(network):
-    """Orthogonal weights (section 3), zero biases: at the start all singular values of every weight matrix are 1."""
+    """Orthogonal weights (section 3), zero biases: at the start all singular values are 1, so no direction is stretched or lost."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding)):
             nn.init.orthogonal_(module.weight)
@@ -584,10 +508,98 @@ def initialise(network):
                 nn.init.zeros_(module.bias)
 
 
+# ---------------------------------------------------------------- their sizes
+# With k blocks G makes R = 4 * 2^k pixels, and with skip_z its first layer and each block get z_dim / (k + 1) components of z.
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the shape of G and D. Channel numbers are multiples of `ch`, as the paper prints them."""
+    resolution: int                 # R, pixels per side
+    g_channels: tuple               # G: entering its first block, at 4x4, then leaving each (deep: pair), which doubles H and W
+    d_channels: tuple               # D: leaving each block; the first one receives 3 colours (deep: a convolution makes the first)
+    d_down: int                     # D: this many of its first blocks halve H and W, the others keep them
+    g_attention: int                # attention follows the block whose output has this many pixels per side; 0 for none
+    d_attention: int
+    z_dim: int                      # length of the noise vector
+    ch: int = 96                    # the width everything is a multiple of
+    n_classes: int = 1000
+    shared_dim: int = 128           # length of the class vector that all layers of G share; 0: every layer has a class table
+    skip_z: bool = True             # cut z into equal chunks: one for the first layer, one for each block (section 3)
+    deep: bool = False              # BigGAN-deep: bottleneck blocks, two per resolution; all of z goes to every block (appendix B)
+    d_wide: bool = True             # D's blocks widen in their first convolution; SN-GAN's widen in the second
+    g_sn: bool = True               # spectral norm in G too; SN-GAN has it in D alone
+    rgb_filters: int = 3            # of G's last convolution; the first three make the image
+    sn_eps: float = 1e-4            # the paper's value for low precision, in spectral norm ...
+    bn_eps: float = 1e-4            # ... and in batch norm (appendix C)
+
+    def __post_init__(self):
+        # Lists become tuples, so that a configuration read back from a file equals the one that was written.
+        for name in ("g_channels", "d_channels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        blocks = len(self.g_channels) - 1
+        if 4 * 2**blocks != self.resolution:
+            raise ValueError(f"g_channels has {blocks} blocks, which make {4 * 2**blocks} pixels, not {self.resolution}")
+        for network, size, sizes in (("g", self.g_attention, [8 * 2**i for i in range(blocks)]),
+                                     ("d", self.d_attention, [self.resolution // 2**(i + 1) for i in range(self.d_down)])):
+            if size and size not in sizes:
+                raise ValueError(f"{network}_attention {size} is not what a block makes; 0 (none) or one of {sizes} could be")
+        if self.skip_z and self.deep:
+            raise ValueError("deep gives all of z to every block; skip_z must be False")
+        if not self.shared_dim and (self.skip_z or self.deep):
+            raise ValueError("a class table per layer (shared_dim 0) needs skip_z and deep to be False")
+        growing = [list(channels) for channels in (self.g_channels[::-1], self.d_channels)]
+        if self.deep and growing != [sorted(channels) for channels in growing]:
+            raise ValueError("deep needs g_channels that never grow and d_channels that never shrink, for its shortcuts")
+        if self.rgb_filters < 3:
+            raise ValueError(f"rgb_filters must be at least 3, one per colour, not {self.rgb_filters}")
+        if self.skip_z and self.z_dim % (blocks + 1):
+            raise ValueError(f"z_dim {self.z_dim} cannot be cut into {blocks + 1} equal chunks for skip_z; "
+                             f"{self.z_dim // (blocks + 1) * (blocks + 1) or blocks + 1} could")
+
+    @property
+    def z_chunk(self):
+        """How many components of z the first layer (and, with skip_z, each block) receives."""
+        return self.z_dim // len(self.g_channels) if self.skip_z else self.z_dim
+
+    @property
+    def c_dim(self):
+        """Length of the condition c that sets gain and bias in G's batch norms; 0 where it is the class index itself."""
+        return self.shared_dim + (self.z_chunk if self.skip_z or self.deep else 0)
+
+    @property
+    def g_sn_eps(self):
+        return self.sn_eps if self.g_sn else None                   # None: no spectral norm
+
+
+DEEP = dict(ch=128, skip_z=False, deep=True, rgb_filters=128)
+ROAD = dict(ch=64, skip_z=False, shared_dim=0)
+
+MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention in G and D, z. Tables 4 to 9.
+    # The channels of biggan32 and biggan64 and G's attention at 256 are those of the author's PyTorch code; the paper's table 5 has that
+    # attention at 128x128. shapes32 is ours: narrow where the pixels are many, for drawn shapes on two CPU cores.
+    "shapes32":  ModelConfig(32, (4, 4, 2, 1), (1, 2, 4, 4), 3, 16, 16, 64, ch=32, n_classes=10, shared_dim=32),
+    "biggan32":  ModelConfig(32, (4, 4, 4, 4), (4, 4, 4, 4), 2, 0, 0, 128, ch=64, n_classes=10),
+    "biggan64":  ModelConfig(64, (16, 16, 8, 4, 2), (1, 2, 4, 8, 16), 4, 32, 32, 100, ch=64),
+    "biggan128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 120),
+    "biggan256": ModelConfig(256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 64, 64, 140),
+    "biggan512": ModelConfig(512, (16, 16, 8, 8, 4, 2, 1, 1), (1, 1, 2, 4, 8, 8, 16, 16), 7, 64, 64, 160),
+
+    # The published weights and counts of these are those of a last convolution with 128 filters, of which 125 are never looked at.
+    "biggan-deep-128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 128, **DEEP),
+    "biggan-deep-256": ModelConfig(256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 64, 64, 128, **DEEP),
+    "biggan-deep-512": ModelConfig(512, (16, 16, 8, 8, 4, 2, 1, 1), (1, 1, 2, 4, 8, 8, 16, 16), 7, 64, 64, 128, **DEEP),
+
+    # The road to BigGAN: SN-GAN with projection (Miyato & Koyama 2018), then SAGAN (Zhang et al. 2019), which adds attention, spectral
+    # norm in G and a wide D, as table 1 of the paper starts from it.
+    "sngan128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 0, 0, 128, d_wide=False, g_sn=False, **ROAD),
+    "sagan128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 128, **ROAD),
+}
+
+
 # ---------------------------------------------------------------- losses
-# BigGAN's is the hinge (Lim & Ye 2017, Tran et al. 2017). The others are for comparison. Where real images have density p and generated
-# ones q, each loss leads the best possible D to another answer: hinge the sign of p - q, non-saturating log(p / q), least squares
-# p / (p + q). The answer is called a logit here, whatever the loss.
+# BigGAN's is the hinge (Lim & Ye 2017, Tran et al. 2017), the formula at the top of this file. The others are for comparison. Where real
+# images have density p and generated ones q, the best possible D answers sign(p - q) under the hinge, log(p / q) under non-saturating,
+# p / (p + q) under least squares; under Wasserstein the answer depends on all other images.
 
 def hinge_loss_d(real_logits, fake_logits):
     """D wants real logits above 1 and fake ones below -1; beyond that it has nothing to gain. (N,), (M,) -> scalar."""
@@ -619,7 +631,7 @@ def least_squares_loss_g(fake_logits):
 
 
 def wasserstein_loss_d(real_logits, fake_logits):
-    """Mean fake minus mean real logit (Arjovsky et al. 2017). `gradient_penalty` keeps D from just growing. -> scalar."""
+    """Mean fake minus mean real logit (Arjovsky et al. 2017). Without `gradient_penalty` it would fall without end. -> scalar."""
     return fake_logits.mean() - real_logits.mean()
 
 
@@ -632,8 +644,9 @@ LOSSES = {  # D's loss, G's loss, and the logit above which D takes an image for
 
 
 # ---------------------------------------------------------------- penalties
-# What is added to a loss to keep a network tame. BigGAN itself uses one, orthogonal regularisation on G. Section 4.2 tries R1 on D
-# against the collapse that ends long runs: it works, at a price in quality that the authors did not want to pay.
+# What is added to a loss to keep a network tame. BigGAN itself uses one, orthogonal regularisation on G: beta || W W^T * (1 - I) ||_F^2.
+# Section 4.2 tries R1 on D, gamma/2 E |d D / d x|^2, against collapse: after long training, G's images suddenly become poor or alike,
+# for good. It works, at a price in quality that the authors did not want to pay.
 
 def squared_slope(D, x, y):
     """How steep D is at each image: the squared length of d D(x, y) / dx, one number per image (N,). Can itself be differentiated."""
@@ -646,7 +659,7 @@ def squared_slope(D, x, y):
 def r1_penalty(D, x, y):
     """1/2 E |d D(x, y) / dx|^2 over real images: D must not be steep where the data are (Mescheder et al. 2018; section 4.2).
 
-    x (N, 3, R, R), y (N,) -> scalar. The weight gamma is left out; the paper's 10 stops collapse and costs 45% of its quality score."""
+    x (N, 3, R, R), y (N,) -> scalar. The weight gamma is left out; the paper's 10 stops collapse and costs 45% of the Inception score."""
     return squared_slope(D, x, y).mean() / 2
 
 
@@ -661,18 +674,19 @@ def gradient_penalty(D, real, fake, y, mix):
 def orthogonal_penalty(W, off_diagonal=True):
     """|| W W^T * (1 - I) ||_F^2, where the rows of W (out, ...) are the filters: how far filters are from right angles.
 
-    It keeps G smooth, so that it copes with truncated noise (below), of which it has seen little in training (section 3.1).
+    Filters at right angles do not repeat each other, and G stays smooth: it draws well also with truncated noise (below), which fills a
+    small region of what it was trained with (section 3.1).
     The paper has filters as columns and writes W^T W. Leaving out the diagonal leaves the filters' lengths free;
     off_diagonal=False gives the older form || W W^T - I ||_F^2. The factor beta is left out. Returns a scalar."""
     W = W.flatten(1)
-    lengths = W.square().sum(1)                                     # squared: the diagonal of W W^T
+    diagonal = W.square().sum(1)                                    # of W W^T
     if W.shape[0] <= W.shape[1]:
         gram = W @ W.T
-        return (gram - torch.diag(lengths if off_diagonal else torch.ones_like(lengths))).square().sum()
+        return (gram - torch.diag(diagonal if off_diagonal else torch.ones_like(diagonal))).square().sum()
     # More filters than inputs: || W W^T ||_F = || W^T W ||_F, and the latter is small. G's first layer at 128 pixels has 24,576
     # filters of 20 inputs: a matrix of 400 numbers instead of 604 million.
     squares = (W.T @ W).square().sum()
-    return squares - (lengths.square().sum() if off_diagonal else 2 * lengths.sum() - len(lengths))
+    return squares - (diagonal.square().sum() if off_diagonal else 2 * diagonal.sum() - len(diagonal))
 
 
 def orthogonal_regularisation(G):
@@ -685,17 +699,17 @@ def orthogonal_regularisation(G):
 # Spectral norm hides that from the output, but not from the optimiser. Watch the first three; or hold the first one down, which by
 # itself, says the paper, does not prevent the collapse.
 
-def wide(W):                                                        # W or W^T, whichever has fewer rows: W W^T is then the smaller one
+def fewer_rows(W):                                                  # W or W^T, whichever has fewer: W W^T is then the smaller one
     return W if W.shape[0] <= W.shape[1] else W.T
 
 
 @torch.no_grad()
 def singular_values(W, k=3):
     """The k largest singular values of W (out, ...) -> (k,) or fewer, largest first: the square roots of the largest eigenvalues
-    of W W^T, or of W^T W where that is smaller, which has the same ones. NaN where W is not finite."""
-    small = wide(W.flatten(1))
+    of W W^T, or of W^T W where that is smaller, which has the same but for zeros. NaN where W is not finite."""
+    small = fewer_rows(W.flatten(1))
     gram = small @ small.T
-    if not gram.isfinite().all():                                   # of which eigvalsh would make an exception
+    if not gram.isfinite().all():                                   # on which eigvalsh raises
         return gram.new_full((min(k, len(gram)),), math.nan)
     return torch.linalg.eigvalsh(gram).flip(0)[:k].clamp(min=0).sqrt()
 
@@ -707,7 +721,7 @@ def sigma_excess(W, fixed=None, ratio=None):
     which takes a full decomposition of every layer at every step: a tenth of a second or more for the widest ones."""
     W = W.flatten(1)
     with torch.no_grad():
-        small = wide(W)
+        small = fewer_rows(W)
         squares, vectors = torch.linalg.eigh((small @ small.T).nan_to_num(0, 0, 0))     # ascending; sigma_0 below will show a NaN
         start = vectors[:, -1] if small is W else W @ vectors[:, -1]
         goal = fixed if fixed is not None else ratio * squares[-2].sqrt()
@@ -722,27 +736,28 @@ def sigma_pull(G, fixed=None, ratio=None):
 
 @torch.no_grad()
 def clamp_sigma(G, fixed=None, ratio=None):
-    """W <- W - max(0, excess) u v^T in every layer of G: lowers sigma_0 to the goal and leaves the others alone, until their turn comes."""
+    """W <- W - max(0, excess) u v^T in every layer of G: lowers sigma_0 to the goal, one singular value per call."""
     for m in matrix_layers(G).values():
         excess, u, v = sigma_excess(m.weight, fixed, ratio)
         m.weight -= (excess.clamp(min=0) * torch.outer(u, v)).view_as(m.weight)
 
 
 # ---------------------------------------------------------------- truncation, averaged weights, standing statistics
-# Three things that turn a trained G into good samples.
+# Three things that turn a trained G into good samples: z drawn within a threshold (less variety, better images); the average of G's
+# weights over time, average <- d average + (1 - d) newest; and batch norm's moments taken anew from many batches of such samples.
 
 def truncated_normal(shape, threshold=math.inf, generator=None):
     """Standard normal noise in which no component exceeds the threshold in size: less variety, better images (section 3.1).
 
     The paper draws again whatever lies outside. Pushing uniform numbers through the inverse of the truncated normal's cumulative
-    function gives the same distribution without a loop, and one seed then gives the same noise, only tamer, at any threshold.
-    Returns a float32 tensor."""
+    function, z = sqrt(2) erfinv(u) with |u| <= erf(threshold / sqrt(2)), gives the same distribution without a loop, and one seed then
+    gives the same noise, only tamer, at any threshold. Returns a float32 tensor."""
     if not threshold > 0:
         raise ValueError(f"the truncation threshold must be above 0, not {threshold}")
     inside = math.erf(threshold / math.sqrt(2))                     # the share of a normal distribution within the threshold
     uniform = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * inside
-    # The clamp only meets the draw of exactly -1, which would be infinite without a threshold.
-    return (math.sqrt(2) * torch.erfinv(uniform)).clamp(-min(threshold, 9), min(threshold, 9)).float()
+    limit = min(threshold, 9)                                       # erfinv(-1) is infinite
+    return (math.sqrt(2) * torch.erfinv(uniform)).clamp(-limit, limit).float()
 
 
 def scaled_normal(shape, scale=1.0, generator=None):
@@ -753,7 +768,7 @@ def scaled_normal(shape, scale=1.0, generator=None):
 
 
 class EMA:
-    """A copy of G whose weights are a running average of G's: d * average + (1 - d) * newest (section 3, appendix C).
+    """A copy of G whose weights, and buffers, are running averages of G's (section 3, appendix C).
 
     G never settles, it circles; the average is nearer to the centre than any point of the circle. Until `start` steps are done the
     copy simply follows, so that the random first weights do not linger in it."""

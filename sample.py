@@ -766,7 +766,7 @@ def timelapse(run, out):
     if not frames:
         raise UserError(f"{run} holds no samples/step-*.png; --weights needs a run folder for a time-lapse")
     how = {"save_all": True, "append_images": frames[1:], "duration": [400] * (len(frames) - 1) + [3000], "loop": 0, "quality": 60}
-    save_atomically(out, lambda f: frames[0].save(f, out.suffix[1:], **how))
+    save_atomically(out, lambda f: frames[0].save(f, "WEBP", **how))
     return frames
 
 
@@ -892,9 +892,7 @@ def main(arguments):
         if value and (args.export or args.sheet == "timelapse"):
             parser.error(f"--{name} has no meaning for {'--export' if args.export else '--sheet timelapse'}; leave it out")
     args.n = args.n or 8
-    suffix = ".npz" if args.npz else ".pt" if args.export else ".png"
-    if args.sheet == "timelapse":
-        suffix = Path(args.out).suffix.lower() if args.out and Path(args.out).suffix.lower() in (".gif", ".png") else ".webp"
+    suffix = ".npz" if args.npz else ".pt" if args.export else ".webp" if args.sheet == "timelapse" else ".png"
     usual = {".png": "sample.png", ".npz": "sample.npz", ".pt": "generator.pt", ".webp": "timelapse.webp"}
     out = check_output(args.out or usual[suffix], suffix)
     if args.trunc and len(args.trunc) > 1 and args.sheet != "truncation":

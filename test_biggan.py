@@ -2878,14 +2878,13 @@ def test_the_timelapse_shows_a_runs_grids_in_order(tiny_run, tmp_path):
     for step, grey in (2, 200), (10, 100), (1000, 0):
         Image.new("RGB", (90, 50), (grey,) * 3).save(folder / f"step-{step:08d}.png")
     (folder / "step-00000003.png").write_bytes(b"broken"), (folder / "step-final.png").write_bytes(b"not one of them")
-    for name in "a.gif", "b.webp", "c.png":
-        start("--weights", tmp_path / "r", "--sheet", "timelapse", "--out", tmp_path / name, module=sample)
-        with Image.open(tmp_path / name) as animation:
-            assert animation.n_frames == 3 and animation.size == (90, 68)
-            for k, grey in enumerate((200, 100, 0)):
-                animation.seek(k)
-                frame = np.asarray(animation.convert("RGB")).astype(int)
-                assert np.abs(frame[40:] - grey).max() < 4 and (frame[:18] < 128).any() and (frame[:18] > 200).any()
+    start("--weights", tmp_path / "r", "--sheet", "timelapse", "--out", tmp_path / "a.webp", module=sample)
+    with Image.open(tmp_path / "a.webp") as animation:
+        assert animation.n_frames == 3 and animation.size == (90, 68)
+        for k, grey in enumerate((200, 100, 0)):
+            animation.seek(k)
+            frame = np.asarray(animation.convert("RGB")).astype(int)
+            assert np.abs(frame[40:] - grey).max() < 4 and (frame[:18] < 128).any() and (frame[:18] > 200).any()
 
 
 def test_classes_are_found_by_number_name_and_imagenets_words(monkeypatch, capsys):
@@ -3115,7 +3114,6 @@ def test_a_data_folder_of_the_wrong_shape_is_refused(tmp_path, monkeypatch, caps
     (["--preset", "shapes", "--ch", "12"], "multiple of 8"),
     (["--preset", "shapes", "--batch", "10", "--micro-batch", "4"], "does not divide"),
     (["--preset", "shapes", "--loss", "hinged"], "invalid choice: 'hinged'"),
-    (["--preset", "shapes", "--gp", "5"], "--gp belongs to --loss wgan-gp, not to hinge"),
     (["--preset", "shapes", "--r1", "-1"], "--r1 must be 0 or more"),
     (["--preset", "shapes", "--sigma-fixed", "0"], "--sigma-fixed must be above 0"),
     (["--preset", "shapes", "--sigma-ratio", "0.9"], "--sigma-ratio must be at least 1"),

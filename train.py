@@ -85,7 +85,6 @@ class Settings:
     beta1: float = option(0.0, "Adam's momentum; anything above 0 destabilises large runs")
     beta2: float = option(0.999, "Adam's memory for squared gradients")
     loss: str = option("hinge", f"one of {', '.join(LOSSES)}")
-    gp: float = option(10.0, "weight of the gradient penalty that --loss wgan-gp adds")
     ortho: float = option(1e-4, "beta, the weight of orthogonal regularisation on G")
     r1: float = option(0.0, "gamma, the weight of the R1 penalty on D; the paper tried 10 and 1 (section 4.2)")
     sigma_fixed: float = option(None, "after every step, lower the largest singular value of each layer of G to this (section 4.1)")
@@ -184,7 +183,7 @@ def parse_settings(arguments):
         parser.error(f"--sigma-fixed must be above 0 and finite, not {s.sigma_fixed}")
     if s.sigma_ratio is not None and not 1 <= s.sigma_ratio < float("inf"):
         parser.error(f"--sigma-ratio must be at least 1 and finite, not {s.sigma_ratio}: it is the largest over the second largest")
-    for name in ("g_lr", "d_lr", "gp", "ortho", "r1", "sigma_pull", "shared_dim", "seed", "ema_start", "workers", "fid"):
+    for name in ("g_lr", "d_lr", "ortho", "r1", "sigma_pull", "shared_dim", "seed", "ema_start", "workers", "fid"):
         if getattr(s, name) is not None and not 0 <= getattr(s, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be 0 or more and finite, not {getattr(s, name)}")
     if s.fid == 1:
@@ -202,8 +201,6 @@ def parse_settings(arguments):
         parser.error(f"--shared-dim {s.shared_dim} does not go with --model {s.model}: {error}; sagan128 and sngan128 are made for it")
     if model and s.ch % 8 and (model.g_attention or model.d_attention):
         parser.error(f"--ch must be a multiple of 8, not {s.ch}: attention works with an eighth of the channels")
-    if "gp" in typed and s.loss != "wgan-gp":
-        parser.error(f"--gp belongs to --loss wgan-gp, not to {s.loss}")
     if s.sigma_fixed is not None and s.sigma_ratio is not None:
         parser.error("--sigma-fixed and --sigma-ratio exclude each other; choose one bound for the singular values")
     if s.sigma_pull and s.sigma_fixed is None and s.sigma_ratio is None:
@@ -716,6 +713,8 @@ def any_process(flag):
 
 
 # ---------------------------------------------------------------- one training step
+# D learns d_steps times: loss_d of D(real) and D(G(z)), while G stands still. Then G learns once: loss_g of D(G(z)), while D stands still. A
+# batch that does not fit into memory is taken in micro-batches, whose gradients add up.
 
 class Trainer:
     """G, D, their optimisers and the averaged G, and the step that moves them. Knows nothing about files."""
@@ -737,7 +736,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.half is not None
         # Half of the gradients would be too small for float16: the scaler multiplies the loss by a large number, divides the gradients
         # by it, and lowers it where they overflow. In any precision it leaves out an update whose gradient is not finite.
-        scale = {} if self.half == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+        scale = {} if self.half == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}     # else 1, for ever
         self.scaler_G, self.scaler_D = (torch.amp.GradScaler(device.type, **scale) for _ in "GD")
         self.not_finite = {}                                        # of each network: in how many updates each gradient was not finite
         # Called in place of G and D in training: compiled, and averaging gradients over the processes. Both share the weights.
@@ -766,13 +765,13 @@ class Trainer:
                  "knows; to spare G, train D alone for a while (--g-lr 0) and start from that run with --init")
 
     def noise(self, part):
-        """z, y and mix (for `gradient_penalty`) of this process's rows, in micro-batches. Decided by the seed, the step and its part,
-        and, since the same would lead to the same, by how often the run has been rolled back."""
+        """z, y and mix (for `gradient_penalty`) of this process's rows, in micro-batches. Decided by the seed, the step, its part (0 for G,
+        1, 2, ... for D's turns) and the number of rollbacks, so that a second try sees other noise."""
         generator = generator_for(self.s.seed, self.step, part, self.monitor.rollbacks)
         z = truncated_normal((self.s.batch, self.config.z_dim), generator=generator)
         y = torch.randint(self.config.n_classes, (self.s.batch,), generator=generator)
         mix = torch.rand(self.s.batch, generator=generator)
-        return zip(*(noise[self.rows].to(self.device).split(self.micro) for noise in (z.to(self.dtype), y, mix.to(self.dtype))))
+        return zip(*(drawn[self.rows].to(self.device).split(self.micro) for drawn in (z.to(self.dtype), y, mix.to(self.dtype))))
 
     def autocast(self, half):
         return torch.autocast(self.device.type, half, enabled=half is not None)
@@ -792,15 +791,15 @@ class Trainer:
 
     def step_D(self, real, real_y, part, logged):
         s, share = self.s, self.micro / len(self.rows)              # share: of one micro-batch in the whole gradient
-        self.D.requires_grad_(True)
+        self.D.requires_grad_(True)                                 # see step_G
         self.opt_D.zero_grad()
-        parts = list(zip(real.to(self.dtype).split(self.micro), real_y.split(self.micro), self.noise(part)))
-        for k, (x, y, (z, fake_y, mix)) in enumerate(parts, start=1):
+        micro_batches = list(zip(real.to(self.dtype).split(self.micro), real_y.split(self.micro), self.noise(part)))
+        for k, (x, y, (z, fake_y, mix)) in enumerate(micro_batches, start=1):
             if s.loss == "wgan-gp":
                 fake_y = y                                          # the penalty's lines join images of one class
-            with self.communicating(self.parallel_D, last=k == len(parts)):
+            with self.communicating(self.parallel_D, last=k == len(micro_batches)):
                 with self.autocast(self.half):
-                    with torch.no_grad():
+                    with torch.no_grad():                           # nothing of D's turn reaches G
                         fake = self.fast_G(z, fake_y)
                     # Real and fake in one call: D has no batch norm, so they do not meet, and one large batch is faster.
                     both = torch.cat([x, fake]), torch.cat([y, fake_y])
@@ -810,7 +809,7 @@ class Trainer:
                     if s.r1:
                         penalty += s.r1 * r1_penalty(self.D, x, y)
                     if s.loss == "wgan-gp":
-                        penalty += s.gp * gradient_penalty(self.D, x, fake.to(x.dtype), y, mix)
+                        penalty += 10 * gradient_penalty(self.D, x, fake.to(x.dtype), y, mix)    # the weight of its authors
                 loss = self.loss_d(real_logits, fake_logits)
                 self.scaler_D.scale((loss + penalty) * share).backward()
             for name, value in (("D_real", real_logits.mean()), ("D_fake", fake_logits.mean()), ("D_loss", loss),
@@ -819,18 +818,19 @@ class Trainer:
         self.update("D", logged, share=1 / s.d_steps)
 
     def step_G(self, logged):
-        s, share, bound = self.s, self.micro / len(self.rows), {"fixed": self.s.sigma_fixed, "ratio": self.s.sigma_ratio}
+        s, share = self.s, self.micro / len(self.rows)
+        bound = {"fixed": s.sigma_fixed, "ratio": s.sigma_ratio}
         self.D.requires_grad_(False)                                # G's gradient passes through D but none is kept there
         self.opt_G.zero_grad()
-        if s.ortho:
+        if s.ortho:                                                 # of the weights alone: once, not for every micro-batch
             ortho = orthogonal_regularisation(self.G)
             self.scaler_G.scale(s.ortho * ortho).backward()
             logged["ortho"] = ortho.detach()
         if s.sigma_pull:
             self.scaler_G.scale(s.sigma_pull * sigma_pull(self.G, **bound)).backward()
-        parts = list(self.noise(0))
-        for k, (z, y, _) in enumerate(parts, start=1):
-            with self.communicating(self.parallel_G, last=k == len(parts)):
+        micro_batches = list(self.noise(0))
+        for k, (z, y, _) in enumerate(micro_batches, start=1):
+            with self.communicating(self.parallel_G, last=k == len(micro_batches)):
                 with self.autocast(self.half):
                     fake_logits = self.fast_D(self.parallel_G(z, y), y)
                 loss = self.loss_g(fake_logits)
@@ -848,7 +848,7 @@ class Trainer:
         scaler.unscale_(optimiser)
         lengths = torch.stack(torch._foreach_norm([p.grad for p in getattr(self, network).parameters() if p.grad is not None]))
         length = lengths.norm()
-        # Counted where the numbers are: asking for them would make the CPU wait for the GPU at every update.
+        # Counted where the numbers are: reading them would make the CPU wait for the GPU at every update.
         counts = self.not_finite.setdefault(network, torch.zeros_like(lengths))
         counts += ~lengths.isfinite()
         logged[f"{network}_skipped"] += (~length.isfinite()).float() * share
