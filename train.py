@@ -713,8 +713,8 @@ def any_process(flag):
 
 
 # ---------------------------------------------------------------- one training step
-# D learns d_steps times: loss_d of D(real) and D(G(z)), while G stands still. Then G learns once: loss_g of D(G(z)), while D stands still. A
-# batch that does not fit into memory is taken in micro-batches, whose gradients add up.
+# D learns d_steps times: loss_d of D(real) and D(G(z)), while G stands still. Then G learns once: loss_g of D(G(z)), while D stands
+# still. A batch that does not fit into memory is taken in micro-batches, whose gradients add up.
 
 class Trainer:
     """G, D, their optimisers and the averaged G, and the step that moves them. Knows nothing about files."""
