@@ -1,3 +1,4 @@
+# make look    draw 16 stars with the small model that comes along
 # make demo    train on drawn shapes and show what the generator draws (14 minutes on two CPU cores)
 # make test    the tests (5 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (1 minute)
@@ -8,6 +9,9 @@
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 
 PYTHON ?= python3
+
+look: .venv/ready
+	.venv/bin/python sample.py --weights shapes --class star --n 16
 
 demo: .venv/ready
 	.venv/bin/python train.py --preset shapes
@@ -39,4 +43,4 @@ port: .venv/ready
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch .venv/ready
 
-.PHONY: demo test check road trial peers port
+.PHONY: look demo test check road trial peers port
