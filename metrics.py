@@ -173,10 +173,6 @@ def blur(x, gain=1.0):
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=x.shape[1])
 
 
-def shrink(x):                                                      # (N, C, H, W) -> (N, C, H/2, W/2)
-    return blur(x)[:, :, ::2, ::2]
-
-
 def enlarge(x):                                                     # (N, C, H, W) -> (N, C, 2H, 2W)
     N, C, H, W = x.shape
     spread = x.new_zeros(N, C, 2 * H, 2 * W)
@@ -190,7 +186,7 @@ def laplacian_pyramid(x, smallest=16):
     Enlarging and adding them up from the last to the first gives x back."""
     bands = []
     while x.shape[-1] >= 2 * smallest:
-        small = shrink(x)
+        small = blur(x)[:, :, ::2, ::2]
         bands.append(x - enlarge(small))
         x = small
     return bands + [x]
@@ -253,6 +249,18 @@ RESIZERS = {  # name: pixel i of the larger or smaller image lies at which place
     "tensorflow": lambda i, step: i * step}                         # pixels are points, and the first ones coincide
 
 
+@contextmanager
+def full_precision():
+    """float32 without TF32, which training allows: scores are compared in their last digits."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 class Inception(nn.Module):
     """Images (N, 3, H, W) uint8 -> pool features (N, 2048), logits (N, 1008).
 
@@ -280,14 +288,11 @@ class Inception(nn.Module):
             raise UserError(f"the Inception weights {self.said} hold numbers that are not finite, in {bad[0]}; get the file again")
 
     @torch.no_grad()
+    @full_precision()
     def forward(self, x):
         if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"images are (N, 3, H, W) uint8, not {tuple(x.shape)} of {x.dtype}")
-        with full_precision():
-            return self.look(x.to(self.fc_bias))
-
-    def look(self, x):
-        x = resize(x, 299, RESIZERS[self.resizer])                  # (N, 3, 299, 299), still 0 to 255
+        x = resize(x.to(self.fc_bias), 299, RESIZERS[self.resizer])     # (N, 3, 299, 299), still 0 to 255
         x = x / 127.5 - 1 if self.resizer == "pytorch" else x / 128 - 1
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv(x, "Conv2d_1a_3x3", stride=2, padding=0)      # (N, 32, 149, 149)
@@ -351,20 +356,6 @@ class Inception(nn.Module):
                           self.chain(narrow, block, "branch3x3_2a"), self.chain(narrow, block, "branch3x3_2b"),
                           self.chain(wide, block, "branch3x3dbl_3a"), self.chain(wide, block, "branch3x3dbl_3b"),
                           self.chain(pooled, block, "branch_pool")], 1)
-
-
-@contextmanager
-def full_precision():
-    """float32 without TF32, which training allows: scores are compared in their last digits."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for backend, allowed in zip(backends, before):
-            backend.allow_tf32 = allowed
 
 
 def average_around(x):
@@ -433,22 +424,15 @@ class Given:
         from train import Shapes, open_packed
         self.source = str(source)
         if source == "shapes":
-            resolution = resolution or 32
-            self.data = Shapes(resolution, held_out=True)
-            n = n or PATCHED
+            self.data, n = Shapes(resolution or 32, held_out=True), n or PATCHED
         elif self.source.endswith(".npz"):
             self.data = Array(source)
-            resolution = resolution or self.data.images.shape[1]
-            if self.data.images.shape[1] != resolution:
-                raise UserError(f"{source} has images of {self.data.images.shape[1]} pixels and the others have {resolution}; "
+            if resolution not in (None, self.data.resolution):
+                raise UserError(f"{source} has images of {self.data.resolution} pixels and the others have {resolution}; "
                                 "draw it at their size")
-        elif Path(source, "packed.json").exists():
-            self.data = open_packed(source, resolution)
-            resolution = self.data.images.shape[1]
         else:
-            self.data = Files(source, resolution)
-            resolution = self.data.resolution
-        self.resolution = resolution
+            self.data = (open_packed if Path(source, "packed.json").exists() else Files)(source, resolution)
+        self.resolution = self.data.resolution
         if n and n > len(self.data):
             raise UserError(f"{source} has {len(self.data)} images, fewer than {option} {n}; pass {option} {len(self.data)}")
         self.n, self.classes = n or min(len(self.data), most or len(self.data)), self.data.classes
@@ -471,8 +455,8 @@ class Given:
         """This process's share of the first n images."""
         from train import ignore_interrupts
         workers = 8 if torch.cuda.is_available() and isinstance(self.data, Files) else 0
-        return torch.utils.data.DataLoader(self, batch_size=None, sampler=own_blocks(n), collate_fn=as_it_is,
-                                           worker_init_fn=ignore_interrupts, num_workers=workers)
+        return torch.utils.data.DataLoader(self, batch_size=None, sampler=own_blocks(n), worker_init_fn=ignore_interrupts,
+                                           num_workers=workers)
 
     def image(self, row):
         return np.asarray(self.data[int(self.order[row])][0])
@@ -487,10 +471,6 @@ class Given:
 
 def own_blocks(n):                                                  # which blocks of n images are this process's
     return range(rank(), -(-n // BLOCK), processes())
-
-
-def as_it_is(block):
-    return block
 
 
 class Files:
@@ -531,34 +511,43 @@ class Files:
         return load_patiently(self.paths[i], self.resolution), None
 
 
-class Array:
-    """An array file of `sample.py --npz` or of anyone else: first images (n, R, R, 3) uint8, then perhaps their labels (n,)."""
+class Arrays:
+    """Images (N, R, R, 3) uint8, labels (N,) and the class names, or None where there are none, as a data set."""
 
-    classes = None
+    def __init__(self, images, labels, classes):
+        self.images, self.labels, self.classes, self.resolution = images, labels, classes, images.shape[1]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i], None if self.labels is None else int(self.labels[i])
+
+
+class Array(Arrays):
+    """An array file of `sample.py --npz` or of anyone else: first images (n, R, R, 3) uint8, then perhaps their labels (n,)."""
 
     def __init__(self, path):
         try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                self.images = self.mapped(path, archive.getinfo(names[0]))
             with np.load(path) as arrays:
-                if self.images is None:
-                    self.images = arrays[arrays.files[0]]           # compressed
-                self.labels = arrays[arrays.files[1]] if len(names) > 1 else None
+                images = self.mapped(path, arrays.zip.infolist()[0])
+                images = arrays[arrays.files[0]] if images is None else images      # compressed
+                labels = arrays[arrays.files[1]] if len(arrays.files) > 1 else None
         except FileNotFoundError:
             raise UserError(f"the array {path} does not exist; draw it with sample.py --npz, or name another") from None
         except Exception:                                           # numpy and zipfile raise what their parsers do
             raise UserError(f"{path} is not an array of images as sample.py --npz writes it; name another") from None
-        shape = self.images.shape
-        if self.images.dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
-            raise UserError(f"{path} holds {self.images.dtype} of shape {shape}, not (n, R, R, 3) uint8; name another")
+        shape = images.shape
+        if images.dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
+            raise UserError(f"{path} holds {images.dtype} of shape {shape}, not (n, R, R, 3) uint8; name another")
         side = shape[1]
         while side >= 32 and side % 2 == 0:
             side //= 2
         if not 16 <= side < 32:
             raise UserError(f"{path} holds images of {shape[1]} pixels; a size like 32, 48, 64, ... that can be halved is needed")
-        if self.labels is not None and (self.labels.shape != shape[:1] or self.labels.dtype.kind != "i"):
-            self.labels = None
+        if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind != "i"):
+            labels = None
+        super().__init__(images, labels, None)
 
     @staticmethod
     def mapped(path, entry):
@@ -572,12 +561,6 @@ class Array:
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read_header(f)
             return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i], None
 
 
 class Drawn:
@@ -629,7 +612,7 @@ def see(images, inception=None, what="", moments_only=False):
         total, products = torch.zeros(2048, dtype=torch.float64), torch.zeros(2048, 2048, dtype=torch.float64, device=device)
         features, probs = torch.zeros(kept, 2048), torch.zeros(kept, 1008)
     for rows, x in images.blocks(n):
-        x, rows = torch.from_numpy(x), torch.tensor(rows, dtype=torch.int64)
+        x, rows = torch.as_tensor(x), torch.tensor(rows, dtype=torch.int64)     # the loader has made it a tensor, Drawn has not
         there[rows] = 1
         pixels[rows[rows < patched]] = x[rows < patched]
         if inception and len(x):
@@ -771,15 +754,13 @@ class Monitor:
     steps, growth = 300, 2  # a sigma_0 of G's first layers has grown by this factor within so many steps
     worse, looks = 2, 2     # score above this many times the best one, at so many looks in succession
     max_rollbacks = 3
+    log = ()                # the newest lines
 
     diversity: float = 0.0                                          # the highest so far; these five are saved in checkpoints
     score: float = math.inf                                         # the best so far (the FID, where it is measured) ...
     judged_by: str = "score"
     best: int = 0                                                   # ... and its step
     rollbacks: int = 0
-
-    def __post_init__(self):
-        self.log = []                                               # the newest lines
 
     def state_dict(self):
         return asdict(self)
@@ -815,8 +796,7 @@ class Monitor:
         scores = [line[judge] for line in self.log if judge in line and line.get("fid_n") == entry.get("fid_n")][-self.looks:]
         if len(scores) == self.looks and min(scores) > self.worse * self.score:
             reason = f"the {judged_by} is {scores[-1]:.1f}, at step {self.best} it was {self.score:.1f}"
-        measured = {"diversity": entry["diversity"], judge: entry.get(judge, 0.0), **entry["sigma_0"]}
-        for name, value in measured.items():
+        for name, value in {"diversity": entry["diversity"], judge: entry.get(judge, 0.0), **entry["sigma_0"]}.items():
             if not math.isfinite(value):
                 reason = f"{name} is no longer a finite number"
         if reason:
@@ -877,14 +857,6 @@ def memory_of(weights, real, held_out):
             rows, x = images[b]
             verdicts[-1] += D(to_network(torch.from_numpy(x), device), torch.from_numpy(images.labels[rows]).to(device)).tolist()
     return chance_below(verdicts[1], verdicts[0])
-
-
-def neighbours_picture(real, seen_real, fake, seen_fake, distances, which, rows=10):
-    """The generated images that come closest to real ones, one per row, each with its nearest real images."""
-    closest = np.argsort(distances[:, 0])[:rows]
-    images = [image for i in closest for image in
-              [fake.image(int(seen_fake.rows[i])), *(real.image(int(seen_real.rows[j])) for j in which[i])]]
-    return image_grid(np.stack(images), 1 + which.shape[1])
 
 
 def plot(results, path):
@@ -995,10 +967,10 @@ def main(arguments):
     if args.fake:
         jobs = [(Path(args.fake).name, given, {"images": args.fake})]
 
-    from train import join_processes, together
+    from train import any_process, join_processes, together
     device, own = join_processes(timedelta(days=1)), [G.fingerprint for G in Gs]    # the others wait while the first one compares
-    firsts = together(lambda: own, first_only=True)
-    together(refuse_other_weights, own, firsts)
+    if any_process(together(lambda: own, first_only=True) != own):  # the run has a new checkpoint since the first process looked
+        raise UserError("the processes have read different weights; give --weights one checkpoint, not a run that goes on")
     if inception:
         inception.to(device)
     seen_real = stored or see_real(real, inception, f"of {args.data}")
@@ -1020,8 +992,10 @@ def main(arguments):
             distances, which = to_real(seen, min(5, len(seen_real.features)))
             if held_out:
                 result["nearer_than_held_out"] = chance_below(distances[:, 0], held_out_distances)
-            if args.neighbours:
-                picture = neighbours_picture(real, seen_real, fake, seen, distances, which)
+            if args.neighbours:                                     # the ten that come closest, each with its nearest real images
+                images = [image for i in np.argsort(distances[:, 0])[:10] for image in
+                          [fake.image(int(seen.rows[i])), *(real.image(int(seen_real.rows[j])) for j in which[i])]]
+                picture = image_grid(np.stack(images), 1 + which.shape[1])
                 save_atomically(args.neighbours, lambda f: picture.save(f, "PNG"))
         if memory:
             result["D_memory"] = memory[said["images"]]
@@ -1035,11 +1009,6 @@ def main(arguments):
     if processes() > 1:
         dist.barrier()                                              # until all is written
         dist.destroy_process_group()
-
-
-def refuse_other_weights(own, firsts):
-    if own != firsts:                                               # the run has a new checkpoint since the first process looked
-        raise UserError("the processes have read different weights; give --weights one checkpoint, not a run that goes on")
 
 
 def write_scores(results, out):

@@ -149,29 +149,19 @@ def warn(sentence):
     tell(("\n" if sys.stdout.isatty() else "") + f"warning: {sentence}", file=sys.stderr)
 
 
-def positive(text):
-    value = float(text)
-    if not 0 < value:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def number(kind, name, fits, otherwise):
+    """A type of numbers for argparse, which puts its name into sentences."""
+    def parse(text):
+        if not fits(value := kind(text)):
+            raise argparse.ArgumentTypeError(f"{text} is {otherwise}")
+        return value
+    parse.__name__ = name
+    return parse
 
 
-def at_least_one(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def seed_number(text):
-    value = int(text)
-    if not 0 <= value < 2**62:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2^62")
-    return value
-
-
-# argparse puts these names into its sentences.
-positive.__name__, at_least_one.__name__, seed_number.__name__ = "number above 0", "whole number", "whole number"
+positive = number(float, "number above 0", lambda value: value > 0, "not above 0")
+at_least_one = number(int, "whole number", lambda value: value >= 1, "below 1")
+seed_number = number(int, "whole number", lambda value: 0 <= value < 2**62, "not between 0 and 2^62")
 
 
 def check_output(path, suffix=".png"):
@@ -446,7 +436,8 @@ def from_deep(state, path, to_train):
 
 def from_port(state, path, to_train):
     """The paper's author's PyTorch code: G_ema.pth or G.pth and, to train on, G.pth and D.pth beside it."""
-    states = [state, *(sibling(path, network) if to_train else {} for network in "GD")]
+    beside = [path.with_name(re.sub("^G(_ema)?", network, path.name)) for network in "GD"]   # any suffix, as in G_ema_best0.pth, is kept
+    states = [state, *(read_tensors(other) if to_train and path.name.startswith("G") and other.is_file() else {} for other in beside)]
     G_ema, G, D = ({name: tensor.flatten() if name.endswith(".u") else tensor
                     for name, tensor in rename(s, PORT_NAMES).items() if not name.endswith(".sv0")} for s in states)
     blocks = len({name.split(".")[1] for name in G_ema if name.startswith("blocks.")})
@@ -455,12 +446,6 @@ def from_port(state, path, to_train):
                                  shared_dim=shared_dim, z_dim=G_ema["linear.weight"].shape[1] * (blocks + 1), sn_eps=1e-6, bn_eps=1e-5)
     moments = {name: tensor[None] for name, tensor in moments_of(G_ema).items()}    # without truncation
     return Weights(path, config, class_names(classes), None, G_ema, G or None, D or None, moments=moments)
-
-
-def sibling(path, network):
-    """The file of another network beside the author's G_ema.pth or G.pth, if there is one; any suffix, as in G_ema_best0.pth, is kept."""
-    other = path.with_name(re.sub("^G(_ema)?", network, path.name))
-    return read_tensors(other) if other.is_file() and path.name.startswith("G") else {}
 
 
 def from_own(checkpoint, path, to_train):
@@ -545,8 +530,7 @@ def prepare(G, truncation=None, kind=None):
     G.noise = partial(truncated_normal, threshold=truncation) if kind == "resample" else partial(scaled_normal, scale=truncation)
     G.noise_said = "not truncated" if truncation == math.inf else f"{'truncated at' if kind == 'resample' else 'scaled by'} {truncation:g}"
     if G.moments and kind == G.kind and (kind == "scale" or truncation == math.inf):
-        moments = {name: interpolate(table, truncation) for name, table in G.moments.items()}
-        G.load_state_dict(moments, strict=False)
+        G.load_state_dict({name: interpolate(table, truncation) for name, table in G.moments.items()}, strict=False)
         G.statistics_said = "those of the weights"
         return G
     G.statistics_said = f"gathered from {64 * STANDING_BATCHES:,} images of this noise"
@@ -798,10 +782,8 @@ def write_npz(G, classes, n, seed, out):
         progress(NPZ_BLOCK)
     if processes() > 1:
         dist.barrier()
-    if rank() == 0:
-        np.save(part / "labels.npy", labels)
-        np.save(part / "described.npy", np.array(described))
-        save_atomically(out, lambda f: zip_arrays(f, [part / f"{name}.npy" for name in ("images", "labels", "described")]))
+    if rank() == 0:                                                 # savez takes 16 MB at a time from an array on the disk
+        save_atomically(out, lambda f: np.savez(f, np.load(part / "images.npy", mmap_mode="r"), labels, described))
         shutil.rmtree(part)
         tell(f"{n:,} images in {out}")
 
@@ -838,13 +820,6 @@ def start_npz(out, part, described, n, R):
     return described, np.arange(-(-n // NPZ_BLOCK))
 
 
-def zip_arrays(f, paths):
-    """What np.savez does, without having the arrays in memory."""
-    with zipfile.ZipFile(f, "w") as archive:
-        for k, path in enumerate(paths):
-            archive.write(path, f"arr_{k}.npy")
-
-
 def export(weights, out):
     """The averaged generator alone, for others to draw with: matrices in half precision, statistics of untruncated noise."""
     found = read_weights(weights)
@@ -852,9 +827,8 @@ def export(weights, out):
         raise UserError(f"{found.source} is a generator alone already; copy the file")
     if out.exists() and out.samefile(found.source):
         raise UserError(f"the output {out} is the file of --weights; choose another --out")
-    G = load_generator(found.source)
-    moments = moments_of(G.state_dict())
-    state = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in {**found.G_ema, **moments}.items()}
+    state = {**found.G_ema, **moments_of(load_generator(found.source).state_dict())}
+    state = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in state.items()}
     content = {"step": found.step, "model": dataclasses.asdict(found.config), "classes": found.classes, "G_ema": state, "standing": True}
     save_atomically(out, lambda f: torch.save(content, f))
 
@@ -892,9 +866,8 @@ def main(arguments):
         if value and (args.export or args.sheet == "timelapse"):
             parser.error(f"--{name} has no meaning for {'--export' if args.export else '--sheet timelapse'}; leave it out")
     args.n = args.n or 8
-    suffix = ".npz" if args.npz else ".pt" if args.export else ".webp" if args.sheet == "timelapse" else ".png"
-    usual = {".png": "sample.png", ".npz": "sample.npz", ".pt": "generator.pt", ".webp": "timelapse.webp"}
-    out = check_output(args.out or usual[suffix], suffix)
+    usual = "sample.npz" if args.npz else "generator.pt" if args.export else "timelapse.webp" if args.sheet == "timelapse" else "sample.png"
+    out = check_output(args.out or usual, Path(usual).suffix)
     if args.trunc and len(args.trunc) > 1 and args.sheet != "truncation":
         parser.error("--trunc takes several values for --sheet truncation only")
     torch.backends.cudnn.allow_tf32 = False                         # an image must not depend on the batch that it is drawn in

@@ -1623,7 +1623,7 @@ def test_every_shape_is_drawn_inside_its_picture_and_reproducibly():
 
 def test_every_epoch_shows_each_image_once_and_may_be_entered_anywhere():
     def first(position, batches, batch=4):
-        order = iter(train.Order(10, batch, position, seed=1, flip=1, rows=range(batch)))
+        order = iter(train.in_order(10, batch, position, seed=1, flip=1, rows=range(batch)))
         return [item for _ in range(batches) for item in next(order)]
     all_items = first(0, 10)
     for epoch in range(4):
@@ -1631,7 +1631,7 @@ def test_every_epoch_shows_each_image_once_and_may_be_entered_anywhere():
     assert all_items[:10] != all_items[10:20]
     assert first(12, 2) == all_items[12:20] and first(0, 5, batch=8) == all_items
     assert 8 < sum(mirror for _, mirror in all_items) < 32
-    assert not any(mirror for _, mirror in next(iter(train.Order(10, 10, 0, seed=1, flip=0, rows=range(10)))))
+    assert not any(mirror for _, mirror in next(train.in_order(10, 10, 0, seed=1, flip=0, rows=range(10))))
 
 
 # ---------------------------------------------------------------- training

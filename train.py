@@ -50,8 +50,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, clamp_sigma, fold_spectral_norm, gradient_penalty,
                     matrix_layers, orthogonal_regularisation, power_iteration, processes, r1_penalty, rank, sigma_pull, singular_values,
                     standing_statistics, truncated_normal)
-from metrics import (INCEPTION, Drawn, Given, Inception, Monitor, find_inception, frechet_distance, pyramid_distances, see, see_real,
-                     spread_within)
+from metrics import (INCEPTION, Arrays, Drawn, Given, Inception, Monitor, find_inception, frechet_distance, pyramid_distances, see,
+                     see_real, spread_within)
 from sample import (STANDING_BATCHES, Parser, UserError, checkpoints_of, draw_seeds, fetch, file_trouble, hours, image_grid, last_line,
                     keep_freed_memory, newest_checkpoint, pick_device, read_checkpoint, read_weights, run, save_atomically, tell, warn)
 
@@ -261,22 +261,17 @@ def heart(t=np.linspace(0, 2 * np.pi, 48, endpoint=False)):
     return np.stack([16 * np.sin(t)**3, -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)], 1) / 17
 
 
-def polygon(*corners):
-    return np.array(corners, float)
-
-
 SHAPES = {  # polygons in a circle of radius 1, y downwards; the first is filled, a second one is cut out of it
-    "arrow": [polygon((0, -1), (.75, -.15), (.28, -.15), (.28, .95), (-.28, .95), (-.28, -.15), (-.75, -.15))],
+    "arrow": [[(0, -1), (.75, -.15), (.28, -.15), (.28, .95), (-.28, .95), (-.28, -.15), (-.75, -.15)]],
     "circle": [circle(0.9)],
     "crescent": [circle(1.0), circle(0.85, 0.5, -0.1)],
-    "cross": [polygon(*[(x * s, y * s) for s in (1, -1) for x, y in
-                        ((-.3, -.95), (.3, -.95), (.3, -.3), (.95, -.3), (.95, .3), (.3, .3))])],
-    "diamond": [polygon((0, -1), (.6, 0), (0, 1), (-.6, 0))],
+    "cross": [[(x * s, y * s) for s in (1, -1) for x, y in ((-.3, -.95), (.3, -.95), (.3, -.3), (.95, -.3), (.95, .3), (.3, .3))]],
+    "diamond": [[(0, -1), (.6, 0), (0, 1), (-.6, 0)]],
     "heart": [heart()],
     "ring": [circle(1.0), circle(0.55)],
-    "square": [polygon((-.75, -.75), (.75, -.75), (.75, .75), (-.75, .75))],
+    "square": [[(-.75, -.75), (.75, -.75), (.75, .75), (-.75, .75)]],
     "star": [star()],
-    "triangle": [polygon((0, -1), (.95, .75), (-.95, .75))],
+    "triangle": [[(0, -1), (.95, .75), (-.95, .75)]],
 }
 
 
@@ -301,15 +296,12 @@ class Shapes:
         place = rng.uniform(0.44, 0.56, 2)
         mask = Image.new("L", (fine, fine))
         for fill, corners in zip((255, 0), SHAPES[self.classes[label]]):
-            ImageDraw.Draw(mask).polygon((fine * (corners @ turn + place)).ravel().tolist(), fill=fill)
+            ImageDraw.Draw(mask).polygon((fine * (np.array(corners) @ turn + place)).ravel().tolist(), fill=fill)
         mask = np.asarray(mask.reduce(4), np.float32)[:, :, None] / 255
-        bright, dark = bright_colour(rng), 0.3 * rng.uniform(0, 255, 3)
+        # A saturated colour of any hue (one channel full, one empty to half, one in between) on any dark one.
+        bright = 255 * rng.permutation([rng.uniform(0.8, 1.0), rng.uniform(0, 0.4), rng.uniform(0, 1.0)])
+        dark = 0.3 * rng.uniform(0, 255, 3)
         return (mask * bright + (1 - mask) * dark + 0.5).astype(np.uint8), label
-
-
-def bright_colour(rng):
-    """A saturated colour of any hue: one channel full, one empty to half, one in between; (3,) in 0..255."""
-    return 255 * rng.permutation([rng.uniform(0.8, 1.0), rng.uniform(0, 0.4), rng.uniform(0, 1.0)])
 
 
 class ImageFolder:
@@ -326,7 +318,12 @@ class ImageFolder:
         folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
         files = {d: images_in(d) for d in folders}
         if not any(files.values()):
-            raise UserError(why_no_classes(root, folders, option))
+            if images_in(root):
+                raise UserError(f"{root} holds images but no class folders; move them into one sub-folder per class")
+            if deeper := [str(d) for d in folders if any(images_in(sub) for sub in d.iterdir() if sub.is_dir())]:
+                raise UserError(f"{root} is one folder too high, the classes seem to be one level down; "
+                                f"pass {option} {f' or {option} '.join(deeper)}")
+            raise UserError(f"{root} holds no images; {option} needs a folder with one sub-folder of images per class")
         for d in folders:
             if not files[d]:
                 raise UserError(f"the class folder {d} holds no images; fill it or remove it")
@@ -364,16 +361,6 @@ def is_image(name, known=Image.registered_extensions()):
     return known.get(Path(name).suffix.lower()) in Image.OPEN and not name.startswith(".")
 
 
-def why_no_classes(root, folders, option):
-    """The sentence for a folder without class folders that hold images."""
-    if images_in(root):
-        return f"{root} holds images but no class folders; move them into one sub-folder per class"
-    deeper = [str(d) for d in folders if any(images_in(sub) for sub in d.iterdir() if sub.is_dir())]
-    if deeper:
-        return f"{root} is one folder too high, the classes seem to be one level down; pass {option} {f' or {option} '.join(deeper)}"
-    return f"{root} holds no images; {option} needs a folder with one sub-folder of images per class"
-
-
 def load_image(path, resolution):
     """Any image file -> (R, R, 3) uint8: the centre square along the long edge, area-averaged down to R (appendix C)."""
     with Image.open(path) as image:
@@ -392,19 +379,6 @@ def load_image(path, resolution):
     left, top = (image.width - side) // 2, (image.height - side) // 2
     how = Image.Resampling.BOX if side >= resolution else Image.Resampling.BICUBIC
     return np.asarray(image.resize((resolution, resolution), how, (left, top, left + side, top + side)))
-
-
-class Arrays:
-    """Images (N, R, R, 3) uint8, labels (N,) and the class names as a data set."""
-
-    def __init__(self, images, labels, classes):
-        self.images, self.labels, self.classes = images, labels, classes
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return self.images[i], int(self.labels[i])
 
 
 # Decoding a JPEG takes a core about a millisecond, which keeps many cores busy beside fast GPUs. `--pack` does it once for all. A packed
@@ -427,21 +401,18 @@ def open_packed(folder, resolution=None):
     folder = Path(folder)
     try:
         described = json.loads((folder / "packed.json").read_text())
-        resolution = resolution or described["resolution"]
-        if described["resolution"] != resolution:
-            raise UserError(f"{folder} holds images of {described['resolution']} pixels and the model draws {resolution}; "
-                            "pack the folder that it was made of again, for this model")
-        if missing := share_missing(folder):
-            raise UserError(f"the packed folder {folder} lacks {missing:.0%} of its images; repeat the command with --pack that wrote it")
-        labels = np.load(folder / "labels.npy")
+        labels, side = np.load(folder / "labels.npy"), described["resolution"]
         images = np.load(folder / "images.npy", mmap_mode="r")
-        if (images.shape != (len(labels), resolution, resolution, 3) or images.dtype != np.uint8
+        if (images.shape != (len(labels), side, side, 3) or images.dtype != np.uint8
                 or zlib.crc32(labels.tobytes()) != described["labels"] or labels.max() >= len(described["classes"])):
             raise ValueError("its files do not fit each other")
-    except UserError:
-        raise
     except Exception as error:                                      # numpy raises what its parsers do
         raise UserError(f"the packed folder {folder} is damaged ({error}); delete it and pack again") from None
+    if resolution not in (None, side):
+        raise UserError(f"{folder} holds images of {side} pixels and the model draws {resolution}; "
+                        "pack the folder that it was made of again, for this model")
+    if missing := share_missing(folder):
+        raise UserError(f"the packed folder {folder} lacks {missing:.0%} of its images; repeat the command with --pack that wrote it")
     return Arrays(images, labels, described["classes"])
 
 
@@ -581,28 +552,22 @@ def generator_for(*numbers):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
-class Order:
+def in_order(length, batch, position, seed, flip, rows):
     """Which real image comes when: epoch after epoch, each in an order of its own, as lists of (index, mirror) per batch.
 
     A position in this endless sequence says everything, so a run continues with the image that would have come next. Of every batch
     this process gets the given rows only."""
-
-    def __init__(self, length, batch, position, seed, flip, rows):
-        self.length, self.batch, self.position, self.seed, self.flip, self.rows = length, batch, position, seed, flip, rows
-        self.epoch = None
-
-    def __iter__(self):
-        for position in range(self.position, sys.maxsize, self.batch):
-            yield [self.item(position + row) for row in self.rows]
-
-    def item(self, position):
-        epoch, k = divmod(position, self.length)
-        if epoch != self.epoch:
-            generator = generator_for(self.seed, epoch)
-            self.permutation = torch.randperm(self.length, generator=generator).numpy()
-            self.mirror = torch.rand(self.length, generator=generator).numpy() < 0.5 * self.flip
-            self.epoch = epoch
-        return int(self.permutation[k]), bool(self.mirror[k])
+    drawn = None                                                    # the epoch whose order is at hand
+    for start in range(position, sys.maxsize, batch):
+        items = []
+        for row in rows:
+            epoch, k = divmod(start + row, length)
+            if epoch != drawn:
+                drawn, generator = epoch, generator_for(seed, epoch)
+                permutation = torch.randperm(length, generator=generator).numpy()
+                mirror = torch.rand(length, generator=generator).numpy() < 0.5 * flip
+            items.append((int(permutation[k]), bool(mirror[k])))
+        yield items
 
 
 def own_rows(s):
@@ -624,7 +589,7 @@ class Mirrored:
 
 def batches(data, s, step, device):
     """This process's part of the endless sequence of real batches from `step` on: images (N, 3, R, R) in [-1, 1], labels (N,)."""
-    order = Order(len(data), s.batch, step * s.d_steps * s.batch, s.seed, s.flip, own_rows(s))
+    order = in_order(len(data), s.batch, step * s.d_steps * s.batch, s.seed, s.flip, own_rows(s))
     workers = s.workers if s.workers is not None else 8 if device.type == "cuda" else 0
     loader = torch.utils.data.DataLoader(Mirrored(data), batch_sampler=order, num_workers=workers,
                                          pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupts)
@@ -936,9 +901,6 @@ class Trainer:
         return {"G": self.G, "D": self.D, "G_ema": self.ema.model, "opt_G": self.opt_G, "opt_D": self.opt_D,
                 "scaler_G": self.scaler_G, "scaler_D": self.scaler_D, "monitor": self.monitor}
 
-    def state(self):
-        return {"step": self.step, **{name: part.state_dict() for name, part in self.parts().items()}}
-
     def load_state(self, state):
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
@@ -978,7 +940,17 @@ def open_run(s, described):
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out")
     if checkpoints_of(out):
-        refuse_differences(out, described)
+        try:
+            before = dict(json.loads((out / "config.json").read_text()))
+        except (ValueError, TypeError, FileNotFoundError):
+            raise UserError(f"{out} has checkpoints but no readable config.json; restore it or choose another --out") from None
+        # A setting that did not exist yet when the run began had its default.
+        before = {**{f.name: f.default for kind in (ModelConfig, Settings) for f in dataclasses.fields(kind)}, **before}
+        differences = [f"{name} was {short(before.get(name))} and is now {short(value)}" for name, value in described.items()
+                       if name not in FREE_TO_CHANGE and before.get(name) != value]
+        if differences:
+            raise UserError(f"{out} holds a run with other settings: {'; '.join(differences)}; "
+                            "repeat the old ones to continue that run, or choose another --out")
     elif not (out / "config.json").exists() and any(p.is_file() for p in out.rglob("*") if p.name != "lock"):
         raise UserError(f"{out} is not empty and holds no run; choose another --out")
     for folder in "checkpoints", "samples":
@@ -993,20 +965,6 @@ def open_run(s, described):
     return path
 
 
-def refuse_differences(out, described):
-    try:
-        before = dict(json.loads((out / "config.json").read_text()))
-    except (ValueError, TypeError, FileNotFoundError):
-        raise UserError(f"{out} has checkpoints but no readable config.json; restore it or choose another --out") from None
-    # A setting that did not exist yet when the run began had its default.
-    before = {**{f.name: f.default for kind in (ModelConfig, Settings) for f in dataclasses.fields(kind)}, **before}
-    differences = [f"{name} was {short(before.get(name))} and is now {short(value)}" for name, value in described.items()
-                   if name not in FREE_TO_CHANGE and before.get(name) != value]
-    if differences:
-        raise UserError(f"{out} holds a run with other settings: {'; '.join(differences)}; "
-                        "repeat the old ones to continue that run, or choose another --out")
-
-
 def lock_run(out):
     """Keep a second process from working in the same folder. The lock goes when the process does, however it ends."""
     global lock                                                     # closing the file would give up the lock
@@ -1015,10 +973,6 @@ def lock_run(out):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise UserError(f"another process is at work in {out}; stop it or choose another --out") from None
-
-
-def plain(config):
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
 
 
 def short(value):
@@ -1041,18 +995,15 @@ class Log:
     """log.jsonl: one JSON object per line. Continuing a run drops the lines of steps that are about to be repeated."""
 
     def __init__(self, path, step):
-        self.path = path
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if line.endswith(b"\n") and self.step_of(line) <= step]
-        save_atomically(path, lambda f: f.writelines(lines))
-        self.newest = [entry for entry in map(json.loads, lines[-2500:]) if "sigma_0" in entry]
-
-    @staticmethod
-    def step_of(line):
-        try:
-            return json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):                   # cut off by a kill or a full disk
-            return math.inf
+        self.path, self.newest, kept = path, [], []
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            try:
+                if line.endswith(b"\n") and (entry := json.loads(line))["step"] <= step:
+                    kept.append(line)
+                    self.newest += [entry] if "sigma_0" in entry else []
+            except (ValueError, KeyError, TypeError):               # cut off by a kill or a full disk
+                pass
+        save_atomically(path, lambda f: f.writelines(kept))
 
     def write(self, entry):
         with surviving(self.path), open(self.path, "a") as f:
@@ -1067,7 +1018,8 @@ def save_checkpoint(trainer, classes, s):
     if rank() > 0:
         return True
     path = checkpoint_path(s, trainer.step)
-    content = {"model": plain(trainer.config), "classes": classes, **trainer.state()}
+    content = {"model": dataclasses.asdict(trainer.config), "classes": classes, "step": trainer.step,
+               **{name: part.state_dict() for name, part in trainer.parts().items()}}
     with surviving(path):
         save_atomically(path, lambda f: torch.save(content, f))
         for old in checkpoints_of(s.out)[:-s.keep]:
@@ -1098,21 +1050,14 @@ def roll_back(trainer, classes, s):
     say(f"rolled back from step {collapsed} to {trainer.step}; learning rates {s.g_lr / 2**rollbacks:.3g} and {s.d_lr / 2**rollbacks:.3g}")
 
 
-def averaged_generator(trainer):
-    """The averaged G with batch norm statistics of its own, which all processes gather together."""
-    return standing_statistics(fold_spectral_norm(copy.deepcopy(trainer.ema.model).float()), STANDING_BATCHES)
-
-
 def draw_together(G, labels, seeds):
     """`draw_seeds`, every process its share. Returns all images in every process."""
-    share = slice(rank(), None, processes())
-    images = draw_seeds(G, labels[share], seeds[share])
+    own_labels, own_seeds = (np.array_split(numbers, processes())[rank()] for numbers in (labels, seeds))
+    images = draw_seeds(G, own_labels, own_seeds.tolist())
     if processes() > 1:
         shares = [None] * processes()
         dist.all_gather_object(shares, images)
-        images = np.empty((len(labels), *images.shape[1:]), np.uint8)
-        for k, part in enumerate(shares):
-            images[k::processes()] = part
+        images = np.concatenate(shares)
     return images
 
 
@@ -1125,13 +1070,6 @@ def save_samples(trainer, G, s, rows=16, columns=10):
         with surviving(path):
             save_atomically(path, lambda f: image_grid(images, columns).save(f, "PNG"))
     return path
-
-
-def progress(entry, s):
-    left = hours((s.steps - entry["step"]) * entry["seconds_per_step"])
-    return (f"step {entry['step']}/{s.steps}  {entry['images_per_second']:.0f} img/s  {left} left  "
-            f"D real {entry['D_real']:+.2f}  D fake {entry['D_fake']:+.2f}  G {entry['G_loss']:+.2f}  "
-            f"diversity {entry['diversity']:.2f}")
 
 
 def main(arguments):
@@ -1172,7 +1110,8 @@ def main(arguments):
         return benchmark(Trainer(s, config, device), data, s)
     if s.fid:
         together(find_inception, None, "leave out --fid to train without it")
-    described = {**dataclasses.asdict(s), **plain(config), "images": len(data), "classes": data.classes}
+    described = {**dataclasses.asdict(s), **dataclasses.asdict(config), "images": len(data), "classes": data.classes}
+    described = json.loads(json.dumps(described))                   # as it is read back: with lists for tuples
     path = together(open_run, s, described, first_only=True)
     try:
         trainer = Trainer(s, config, device)
@@ -1197,35 +1136,30 @@ def main(arguments):
     else:
         if rank() == 0:
             save_atomically(Path(s.out, "config.json"), lambda f: f.write(json.dumps(described, indent=1).encode()))
-        failure = None
+        memory_ran_out = False
         try:
             train(trainer, data, held_out, s)
         except UserError as error:                                  # in this process alone; a worker's comes with its whole traceback
             fail(last_line(error), 2)
         except (MemoryError, RuntimeError) as error:
-            failure = ("memory" if out_of_memory(error) else "worker" if "DataLoader worker" in str(error) else
-                       "peer" if processes() > 1 and re.search("onnection|NCCL|[Tt]imed out", str(error)) else None)
-            if not failure:
+            if out_of_memory(error):
+                memory_ran_out = True
+            elif "DataLoader worker" in str(error):
+                fail("a process that decodes images has been killed, perhaps for want of memory; the same command continues, "
+                     "if need be with fewer --workers")
+            elif processes() > 1 and re.search("onnection|NCCL|[Tt]imed out", str(error)):
+                fail("a process has lost another one, whose own message says why; the same command continues, "
+                     "and torchrun --max-restarts N repeats it by itself")
+            else:
                 raise
-        if failure:                                                 # said here, where the exception no longer holds any tensor
-            explain(failure, trainer)
+        if memory_ran_out:                                          # said here, where the exception no longer holds any tensor
+            step, saved, fitting = trainer.step, checkpoints_of(s.out), trainer.micro_batch_that_fits()
+            fail(f"memory ran out after {step} steps, with {trainer.micro * processes()} images at a time; " + (
+                 "the same command continues; if it happens again, start anew with a smaller --micro-batch" if saved else
+                 f"--micro-batch {fitting} fits; batch norm then sees {fitting} images" if fitting else
+                 "not even one image at a time fits; choose " + ("other weights for --init" if s.init else "a smaller --ch or --model")), 2)
     if processes() > 1:
         dist.destroy_process_group()
-
-
-def explain(failure, trainer):
-    """End this process with a sentence about what has happened and what to do."""
-    if failure == "memory":
-        step, saved, fitting = trainer.step, checkpoints_of(trainer.s.out), trainer.micro_batch_that_fits()
-        fail(f"memory ran out after {step} steps, with {trainer.micro * processes()} images at a time; " + (
-             "the same command continues; if it happens again, start anew with a smaller --micro-batch" if saved else
-             f"--micro-batch {fitting} fits; batch norm then sees {fitting} images" if fitting else
-             "not even one image at a time fits; choose "
-             + ("other weights for --init" if trainer.s.init else "a smaller --ch or --model")), 2)
-    fail({"worker": "a process that decodes images has been killed, perhaps for want of memory; the same command continues, "
-                    "if need be with fewer --workers",
-          "peer": "a process has lost another one, whose own message says why; the same command continues, "
-                  "and torchrun --max-restarts N repeats it by itself"}[failure])
 
 
 SCORED = 256                                                        # images: a score in a second
@@ -1242,21 +1176,19 @@ def references(data, seed):
 
 
 def fid_of(trainer, s):
-    """The number of images, and a function from G to its FID for all processes to call, of which the first one knows the result; or None
-    twice."""
+    """A function from G to what the log says of its FID, for all processes to call, of which the first one knows the result."""
     at_hand = together(INCEPTION.exists, first_only=True)           # the first one's answer: all must do the same
     wanted = s.fid if s.fid is not None else 10_000 if trainer.device.type == "cuda" and at_hand else 0
     if not wanted:
-        return None, None
+        return lambda G: {}
     inception = Inception(together(find_inception)).to(trainer.device)
     real = see_real(Given(s.data, trainer.config.resolution, wanted if s.data == "shapes" else None, most=50_000), inception)
-
     moments = (real.mu, real.cov) if rank() == 0 else None
 
     def measure(G):
         fake = see(Drawn(G, wanted), inception, moments_only=True)
-        return frechet_distance(*moments, fake.mu, fake.cov) if rank() == 0 else None
-    return wanted, measure
+        return {"fid": frechet_distance(*moments, fake.mu, fake.cov), "fid_n": wanted} if rank() == 0 else {}
+    return measure
 
 
 def look_closer(trainer, data, held_out, fake, s):
@@ -1276,8 +1208,7 @@ def look_closer(trainer, data, held_out, fake, s):
 
 def train(trainer, data, held_out, s):
     """The loop: steps, a line of progress, log, samples, checkpoints; until the steps are done, a signal asks to stop, or G collapses."""
-    fid_n, measure_fid = fid_of(trainer, s)
-    stop = []
+    measure_fid, stop = fid_of(trainer, s), []
 
     def ask_to_stop(number, frame):
         stop.append(number)
@@ -1303,7 +1234,8 @@ def train(trainer, data, held_out, s):
         best = reason = None
         if due(s.eval_every) or due(s.sample_every):
             stop_if_not_finite(trainer, {}, s)
-            G = averaged_generator(trainer)
+            # The averaged G with batch norm statistics of its own, which all processes gather together.
+            G = standing_statistics(fold_spectral_norm(copy.deepcopy(trainer.ema.model).float()), STANDING_BATCHES)
         if due(s.log_every) or due(s.eval_every):
             if processes() > 1:
                 dist.all_reduce(sums)
@@ -1312,14 +1244,16 @@ def train(trainer, data, held_out, s):
             seconds = (time.perf_counter() - started) / (step - since)
             entry = {"step": step, **means, "seconds_per_step": seconds, "images_per_second": s.batch / seconds}
             fake = draw_together(G, [k % trainer.config.n_classes for k in range(SCORED)], range(SCORED)) if due(s.eval_every) else None
-            fid = measure_fid(G) if measure_fid and due(s.eval_every) else None
+            fid = measure_fid(G) if due(s.eval_every) else {}
             if log:
                 entry |= trainer.signs(real, labels)
-                say(progress(entry, s), end=end_of_line)
+                say(f"step {step}/{s.steps}  {s.batch / seconds:.0f} img/s  {hours((s.steps - step) * seconds)} left  "
+                    f"D real {means['D_real']:+.2f}  D fake {means['D_fake']:+.2f}  G {means['G_loss']:+.2f}  "
+                    f"diversity {entry['diversity']:.2f}", end=end_of_line)
                 if due(s.eval_every):
                     measured, text = look_closer(trainer, data, held_out, fake, s)
-                    entry |= measured | ({} if fid is None else {"fid": fid, "fid_n": fid_n})
-                    text = text if fid is None else f"FID {fid:.2f}; {text}"
+                    entry |= measured | fid
+                    text = f"FID {fid['fid']:.2f}; {text}" if fid else text
                     say(f"step {step}: {text}\033[K" if sys.stdout.isatty() else text)
             before = trainer.monitor.state_dict()
             reason, best, state = together(lambda: (*trainer.monitor.judge(entry), trainer.monitor.state_dict()), first_only=True)
@@ -1355,14 +1289,11 @@ def collapsed(trainer, reason, s):
     monitor = trainer.monitor
     sentence = f"collapse at step {trainer.step}: {reason}"
     best = together(lambda: monitor.best if checkpoint_path(s, monitor.best).exists() else 0, first_only=True)
-    if s.on_collapse == "rollback" and best and monitor.rollbacks < monitor.max_rollbacks:
+    back = s.on_collapse == "rollback" and best and monitor.rollbacks < monitor.max_rollbacks
+    if back or s.on_collapse == "warn":
         if rank() == 0:
-            warn(sentence)
-        return True
-    if s.on_collapse == "warn":
-        if rank() == 0:
-            warn(f"{sentence}; --on-collapse warn says to go on")
-        return False
+            warn(sentence if back else f"{sentence}; --on-collapse warn says to go on")
+        return back
     if monitor.rollbacks:
         what_now = f"it has been rolled back {monitor.rollbacks} times already; start anew with smaller learning rates or --r1"
     elif best:
@@ -1392,22 +1323,15 @@ def stop_if_not_finite(trainer, means, s):
 def benchmark(trainer, data, s):
     """Time s.benchmark training steps; count their operations; compare with what the hardware reaches in one product or convolution."""
     device, batches_of = trainer.device, batches(data, s, 0, trainer.device)
-    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(3):                                              # the first ones choose algorithms, compile and allocate
         trainer.train_step(batches_of)
     logged, seconds = dict.fromkeys(trainer.train_step(batches_of), 0), {"D": 0.0, "G": 0.0}
-    finish()
-    started = time.perf_counter()
-    for _ in range(s.benchmark):
-        for network in ["D"] * s.d_steps + ["G"]:
-            finish()
-            before = time.perf_counter()
-            trainer.step_D(*next(batches_of), 1, logged) if network == "D" else trainer.step_G(logged)
-            finish()
-            seconds[network] += time.perf_counter() - before
-    step = (time.perf_counter() - started) / s.benchmark
+    update = {"D": lambda: trainer.step_D(*next(batches_of), 1, logged), "G": lambda: trainer.step_G(logged)}
+    for network in (["D"] * s.d_steps + ["G"]) * s.benchmark:
+        seconds[network] += seconds_of(update[network], device)
+    step = sum(seconds.values()) / s.benchmark
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
@@ -1415,8 +1339,7 @@ def benchmark(trainer, data, s):
     flops = counter.get_total_flops()                               # 2 for a multiplication and an addition, of this process
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CUDA if device.type == "cuda" else activity.CPU]) as profile:
-        trainer.train_step(batches_of)
-        finish()
+        seconds_of(lambda: trainer.train_step(batches_of), device)
     own_time = lambda entry: entry.self_device_time_total if device.type == "cuda" else entry.self_cpu_time_total
     entries = sorted(profile.key_averages(), key=own_time, reverse=True)
     total = sum(map(own_time, entries))
@@ -1434,20 +1357,21 @@ def benchmark(trainer, data, s):
 
 def peaks(device, dtype):
     """FLOP/s of a large matrix product and of a 3x3 convolution of 256 channels, in this precision."""
-    n, finish = (8192, torch.cuda.synchronize) if device.type == "cuda" else (2048, lambda: None)
+    n = 8192 if device.type == "cuda" else 2048
     a, w = torch.randn(n, n, device=device, dtype=dtype), torch.randn(256, 256, 3, 3, device=device, dtype=dtype)
     x = torch.randn(n // 64, 256, 32, 32, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    found = []
-    for work, flops in (lambda: a @ a, 2 * n**3), (lambda: F.conv2d(x, w, padding=1), 2 * x.numel() * 256 * 9):
-        times = []
-        for _ in range(10):
-            finish()
-            before = time.perf_counter()
-            work()
-            finish()
-            times.append(time.perf_counter() - before)
-        found.append(flops / min(times))
-    return found
+    return [flops / min(seconds_of(work, device) for _ in range(10)) for work, flops in
+            ((lambda: a @ a, 2 * n**3), (lambda: F.conv2d(x, w, padding=1), 2 * x.numel() * 256 * 9))]
+
+
+def seconds_of(work, device):
+    """How long some work takes, until the device has done it."""
+    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    finish()
+    started = time.perf_counter()
+    work()
+    finish()
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":
