@@ -1348,7 +1348,7 @@ def benchmark(trainer, data, s):
     peak, tera = max(product, convolution), 1e12
     say(f"{s.batch / step * s.d_steps:.1f} real images per second; {1000 * step:.0f} ms per step: {s.d_steps} times "
         f"{1000 * seconds['D'] / s.benchmark / s.d_steps:.0f} ms for D, {1000 * seconds['G'] / s.benchmark:.0f} ms for G")
-    say(f"{flops / 1e9:,.0f} GFLOP per step in each process: {flops / step / tera:.2f} TFLOP/s, {flops / step / peak:.0%} of the "
+    say(f"{flops / 1e9:,.1f} GFLOP per step in each process: {flops / step / tera:.2f} TFLOP/s, {flops / step / peak:.0%} of the "
         f"{peak / tera:.2f} measured here (a matrix product {product / tera:.2f}, a 3x3 convolution {convolution / tera:.2f})")
     say(f"at most {memory / 1e9:.2f} GB\n{1 - convolutions / total:.0%} of the time is outside convolutions; the five largest entries:")
     for entry in entries[:5]:
