@@ -70,7 +70,8 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(arguments)
         if unknown:
             name = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, 1)
+            options = sorted((option for option in self._option_string_actions if len(option) > 2), key=len, reverse=True)
+            near = [option for option in options if name.startswith(option)] or difflib.get_close_matches(name, options, 1, 0.7)
             self.error(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
         return parsed
 
@@ -159,7 +160,7 @@ def number(kind, name, fits, otherwise):
     return parse
 
 
-positive = number(float, "number above 0", lambda value: value > 0, "not above 0")
+positive = number(float, "positive number", lambda value: value > 0, "not above 0")
 at_least_one = number(int, "whole number", lambda value: value >= 1, "below 1")
 seed_number = number(int, "whole number", lambda value: 0 <= value < 2**62, "not between 0 and 2^62")
 
@@ -356,8 +357,9 @@ def find_weights(weights):
     if weights is None:
         runs = sorted(Path("runs").glob("*/checkpoints/step-*.pt"), key=lambda p: p.stat().st_mtime)
         weights = runs[-1].parent.parent if runs else "biggan-deep-256"
-        if not runs and first_process():
-            tell(f"there is no run in runs/, so this is the published {weights}", file=sys.stderr)
+        if first_process():
+            tell(f"the newest run is {weights}; --weights chooses another" if runs else
+                 f"there is no run in runs/, so this is the published {weights}", file=sys.stderr)
     path = Path(weights)
     if weights == "shapes":
         path = HERE / "docs" / "shapes.pt"
@@ -379,7 +381,7 @@ def find_weights(weights):
     return read_tensors(path), path
 
 
-def fetch_weights(urls, size, path, name, otherwise="--weights shapes needs no network"):
+def fetch_weights(urls, size, path, name, otherwise="--weights shapes --class star needs no network"):
     """The first of these addresses that answers. Returns the path, where the file may lie already. otherwise: what needs no network."""
     if path.exists() and size and abs(path.stat().st_size - size) > size / 100:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes, not {size:,}; delete it and repeat the command")
@@ -394,8 +396,9 @@ def fetch_weights(urls, size, path, name, otherwise="--weights shapes needs no n
             except (UserError, OSError) as error:
                 reasons.append(f"{url}: {error}")
         else:
-            raise UserError(f"{name} could not be fetched ({'; '.join(reasons)}); fetch it on another machine from there, put it at "
-                            f"{path}, and repeat the command; {otherwise}")
+            size = f", {size / 1e6:.0f} MB," if size else ""
+            raise UserError(f"{name} could not be fetched ({'; '.join(reasons)}); fetch {urls[0]}{size} on another machine, "
+                            f"put it at {path}, and repeat the command; {otherwise}")
     return path
 
 
@@ -558,6 +561,8 @@ def prepare(G, truncation=None, kind=None):
 def check_truncation(truncation, kind):
     if kind not in KINDS:
         raise UserError(f"there is no truncation of kind {kind}; there are {' and '.join(KINDS)}")
+    if not truncation > 0:
+        raise UserError(f"truncation {truncation:g} is not above 0; 0.5 is a good beginning")
     if kind == "scale" and truncation > 1:
         raise UserError(f"truncation {truncation:g} is above 1, the widest that scaled noise has; --trunc-kind resample takes any")
 
@@ -646,13 +651,15 @@ def class_title(classes, k):
 
 def class_indices(wanted, classes):
     """What was typed after --class -> class indices. Raises UserError for a class that the model does not have, or for several."""
-    words = words_of(classes)
+    words, wanted = words_of(classes), [text.rstrip(",") for text in wanted]
     called = lambda text: [k for k, names in enumerate(words) if text.lower() in map(str.lower, names)]
     if len(wanted) > 1 and len(whole := called(" ".join(wanted))) == 1:     # golden retriever, typed without quotes
         return whole
-    indices, elsewhere = [], "" if len(classes) == 1000 else "; for ImageNet's classes: --weights biggan-deep-256"
+    indices, imagenet = [], {word.lower() for words_of_class in imagenet_words().values() for word in words_of_class}
     for text in wanted:
         found = called(text)
+        elsewhere = "" if len(classes) == 1000 or not (text.isdigit() or text.lower() in imagenet) else (
+            "; among ImageNet's classes there is one: --weights biggan-deep-256")
         if text.lower() == "all":
             found, indices = [], indices + [*range(len(classes))]
         elif not found and re.fullmatch("-?[0-9]+", text):
@@ -735,7 +742,7 @@ SHEETS = {"classes": classes_sheet, "truncation": truncation_sheet, "interpolati
 def timelapse(run, out):
     """A run's sample grids, one after the other, as an animated picture."""
     if not Path(run).is_dir():
-        raise UserError(f"there is no run folder {run}; train first, or name another")
+        raise UserError(f"there is no run folder {run}, which a time-lapse needs; make demo makes runs/shapes")
     frames = []
     for path in sorted(Path(run, "samples").glob("step-" + 8 * "[0-9]" + ".png")):
         try:
@@ -912,7 +919,7 @@ def main(arguments):
     save_atomically(out, lambda f: sheet.save(f, "PNG"))
     names = ", ".join(class_title(G.classes, k) for k in classes[:10]) + (", ..." if len(classes) > 10 else "")
     how = G.noise_said if len(truncations) == 1 else f"truncations {', '.join(f'{t:g}' for t in truncations)}"
-    print(f"{out}: {count} images of {names}, {how}")
+    print(f"{out}: {f'{args.n} steps from one to the other, of' if args.sheet == 'interpolation' else f'{count} images of'} {names}, {how}")
 
 
 if __name__ == "__main__":
