@@ -154,6 +154,7 @@ def upsample(x):                                                    # (N, C, H, 
 
 
 # ---------------------------------------------------------------- batch norm, plain and conditional
+# Batch norm brings every channel to mean 0 and variance 1, and then to a bias and a gain of the layer's choice:
 #     gain * (x - mean) / sqrt(var + eps) + bias,   mean and var of each channel over the whole batch
 # In G gain = 1 + W_g c and bias = W_b c depend on each image's condition c, its class vector joined with a chunk of its z: that is how
 # every layer learns what to draw. The whole batch is that of all GPUs. D has no batch norm: each image is judged by itself.
