@@ -2733,6 +2733,16 @@ def test_published_weights_are_fetched_by_name_from_the_first_address_that_has_t
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_without_weights_the_newest_run_is_drawn_from_and_named(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for k, name in enumerate(("newer", "older")):
+        shutil.copytree(tiny_run, tmp_path / "runs" / name)
+        for path in (tmp_path / "runs" / name / "checkpoints").iterdir():
+            os.utime(path, (1e9 - k, 1e9 - k))
+    start("--n", 1, "--class", "star", module=sample)
+    assert "the newest run is runs/newer; --weights chooses another" in capsys.readouterr().err and (tmp_path / "sample.png").exists()
+
+
 def test_the_sizes_of_published_files_are_those_of_their_tensors():
     for name, (_, size) in sample.PUBLISHED.items():
         with torch.device("meta"):
