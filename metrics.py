@@ -748,7 +748,7 @@ class Monitor:
     """Judges a run by its log. The numbers are margins around what healthy runs did (README, "Watching a run")."""
 
     window, lines = 150, 3  # the means over so many steps are judged, but over no fewer lines than this
-    few = 0.5               # diversity: images of a class differ less than this share of what they did at best, or real ones do
+    few = 0.6               # diversity: images of a class differ less than this share of what they did at best, or real ones do
     won = 0.02              # D's loss below this share of what guessing costs: D is never wrong, G learns nothing
     blind = 0.003           # D's verdicts on real and generated images closer than this in every line: D sees nothing, G learns nothing
     steps, growth = 300, 2  # a sigma_0 of G's first layers has grown by this factor within so many steps
