@@ -3175,7 +3175,8 @@ def test_a_folder_with_other_things_is_not_used_as_run_folder(tmp_path, monkeypa
     (["--class", "10"], "classes 0 to 9"),
     (["--class", "-1"], "classes 0 to 9"),
     (["--class", "hart"], "no class named hart; did you mean heart?"),
-    (["--class", "zebra"], "triangle; among ImageNet's classes there is one: --weights biggan-deep-256"),
+    (["--class", "zebra"], "no class named zebra; this model knows arrow, circle, crescent, cross, diamond, heart, "
+                           "ring, square, star, triangle; among ImageNet's classes there is one: --weights biggan-deep-256"),
     (["--class", "star,", "hart"], "no class named hart; did you mean heart?"),
     (["--truncation", "0.5"], "there is no option --truncation; did you mean --trunc?"),
     (["--size", "512"], "there is no option --size; --help lists them"),
