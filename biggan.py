@@ -1,13 +1,18 @@
 """BigGAN, every technique written out by hand.
 
 A generator G turns noise z and a class y into an image. A discriminator D looks at an image x and a class y and answers with one
-number D(x, y): large if it takes x for a real image of that class. They learn in turns (`Trainer.train_step` in train.py):
+number D(x, y): large if it takes x for a real image of that class. They learn in turns:
 
     D minimises  E max(0, 1 - D(x, y)) + E max(0, 1 + D(G(z, y), y))      over real x with their y, and normal z with any y
     G minimises  - E D(G(z, y), y)                                        the gradient comes to G through D, which stands still
 
 D learns to tell real from generated, G to be believed. If both could learn anything and found their optimum, the generated images would
-be distributed like the real ones.
+be distributed like the real ones (see "losses"). The paper's recipe at 128x128 (`Trainer.train_step` in train.py), with Adam, beta1 = 0:
+
+    150,000 times:
+        twice   2048 new real images, as many generated ones; a step on D's loss           learning rate 2e-4
+        once    2048 generated images; a step on G's loss + 1e-4 orthogonal_regularisation(G)             5e-5
+                average <- 0.9999 average + 0.0001 G                                        what draws in the end
 
 Reading order: the techniques, each a few lines (spectral norm, resampling, batch norm, attention); the two networks that are built from
 them, and their sizes (MODELS); then what training needs (losses, penalties) and what makes good samples (truncation, averaged weights).
@@ -16,8 +21,8 @@ Paper: Brock, Donahue, Simonyan, "Large Scale GAN Training for High Fidelity Nat
 arXiv:1809.11096. "section 3.1", "table 4" and so on below refer to it.
 
 Shapes: N images, C channels, H x W pixels, R the image's resolution. Training may run under autocast, which computes convolutions and
-products in 16 bits; `precise` and `autocast(enabled=False)` mark what must not be. channels_last: in memory, pixels outside and
-channels inside, for faster convolutions.
+products in 16 bits; `precise`, and a block with autocast off, mark what must be float32. channels_last: in memory, pixels outside
+and channels inside, for faster convolutions.
 """
 
 import copy
@@ -32,9 +37,9 @@ from torch import nn
 
 # ---------------------------------------------------------------- spectral norm
 # The largest singular value sigma of a weight matrix W says how much W can stretch a vector: sigma = max |W v| over |v| = 1. A layer
-# that computes with W / sigma does not stretch, and so D's slope, all that G learns from, stays bounded; BigGAN does it in G too
-# (section 3). (For a convolution W is the kernel as a matrix with a row per filter: sliding it over an image can stretch somewhat more, a
-# 3x3 kernel at most 3 times.) Power iteration finds sigma:
+# that computes with W / sigma does not stretch, and so D cannot become arbitrarily steep; its slope is all that G learns from. BigGAN
+# does it in G too (section 3). (Roughly so: a residual block adds two paths, and a convolution, whose W has a row per filter, reads every
+# pixel nine times with a 3x3 kernel, so that it may stretch up to sqrt(9) = 3 times.) Power iteration finds sigma:
 #     v = W^T u / |W^T u|,   u = W v / |W v|,   sigma = u^T W v
 # Each turn multiplies the share of u in the i-th singular direction by sigma_i^2, so that of the largest wins. W moves little from one
 # training step to the next, so u is remembered, and one turn in every forward pass is enough.
@@ -68,14 +73,14 @@ class SpectralNorm:
         # In float32 also under autocast: sigma is a sum over thousands of products.
         with torch.autocast(self.weight.device.type, enabled=False):
             W = self.weight.flatten(1)                              # (out, everything else): one row per filter
-            sigma, u, _ = power_iteration(W, self.u, steps=1, eps=self.eps)
+            sigma, u, _ = power_iteration(W, self.u, eps=self.eps)
             if self.training:
                 self.u.copy_(u)                                     # evaluation takes the same step but does not keep it
             return self.weight / sigma.clamp(min=self.eps)
 
 
 def matrix_layers(network):
-    """The layers with a weight matrix, by name: all convolutions and linear layers, and D's embedding, but not G's class vectors."""
+    """The layers with a weight matrix, by name: all convolutions and linear layers, and D's embedding; not G's class vectors and tables."""
     return {name: m for name, m in network.named_modules() if isinstance(m, SpectralNorm)}
 
 
@@ -140,7 +145,7 @@ def upsample_conv3x3(x, layer):
         kernel = mean_of_four_shifted(4 * W.contiguous(memory_format=torch.channels_last))      # 4 times the mean: the sum
         if layer.folded:                                            # kept: making it takes a third of the time of one image
             layer.kernel = kernel.detach()
-    # The bias is added outside, since inside, on a CPU, its gradient takes longer than all the others together.
+    # The bias is added outside: inside, on a CPU, its gradient alone takes longer than the rest of the layer's backward pass.
     return F.conv_transpose2d(x, kernel, stride=2, padding=1).add_(per_channel(layer.bias.to(x.dtype)))
 
 
@@ -156,8 +161,8 @@ def upsample(x):                                                    # (N, C, H, 
 # ---------------------------------------------------------------- batch norm, plain and conditional
 # Batch norm brings every channel to mean 0 and variance 1, and then to a bias and a gain of the layer's choice:
 #     gain * (x - mean) / sqrt(var + eps) + bias,   mean and var of each channel over the whole batch
-# In G gain = 1 + W_g c and bias = W_b c depend on each image's condition c, its class vector joined with a chunk of its z: that is how
-# every layer learns what to draw. The whole batch is that of all GPUs. D has no batch norm: each image is judged by itself.
+# In G's blocks gain = 1 + W_g c and bias = W_b c depend on each image's condition c, its class vector joined with a chunk of its z: that
+# is how every block learns what to draw. The whole batch is that of all GPUs. D has no batch norm: each image is judged by itself.
 
 def precise(x):                                                     # float32 for sums and exponentials, or float64 if x has it already
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -229,11 +234,12 @@ class Norm(nn.Module):
             mean, var = Moments.apply(x)
             n = processes() * x.numel() // x.shape[1]
             with torch.no_grad():                                   # n / (n - 1): an unbiased estimate is kept, as by nn.BatchNorm2d
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var.dtype), self.momentum)
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * n / (n - 1), self.momentum)
         else:
             mean, var = self.running_mean, self.running_var
-        scale = (gain * torch.rsqrt(var + self.eps)).to(x.dtype)    # (C,) or (N, C); rounded first, so that the shift fits it
+        # (C,) or (N, C). Rounded to x's 16 bits before the shift is made from it: mean * scale then takes off just what x * scale has.
+        scale = (gain * torch.rsqrt(var + self.eps)).to(x.dtype)
         shift = bias - mean * scale
         return torch.addcmul(per_channel(shift).to(x.dtype), x, per_channel(scale))     # shift + x * scale, in one pass over x
 
@@ -295,16 +301,18 @@ class SelfAttention(nn.Module):
         phi = positions(F.max_pool2d(self.phi(x), 2))               # (N, HW/4, C/8)
         g = positions(F.max_pool2d(self.g(x), 2))                   # (N, HW/4, C/2)
         scores = theta @ phi.mT                                     # (N, HW, HW/4): row = who asks, column = who answers
-        with torch.autocast(x.device.type, enabled=False):          # softmax sums in float32 anyway; autocast would also store it so
+        # Autocast is off for the opposite reason: softmax sums in float32 inside, and on a GPU autocast would also return that, with twice
+        # the memory for what is the largest tensor of all.
+        with torch.autocast(x.device.type, enabled=False):
             weights = scores.softmax(-1)                            # (N, HW, HW/4), every row sums to 1
         heard = (weights @ g).view(N, H, W, C // 2).permute(0, 3, 1, 2)     # (N, C/2, H, W)
         return torch.addcmul(x, self.gamma.to(x.dtype), self.o(heard))
 
 
 # ---------------------------------------------------------------- the networks
-#     G:  h = linear(z) as 4x4 pixels;   blocks, each doubling H and W, up to R x R;   image = tanh(conv(ReLU(BatchNorm(h))))
-#     D:  blocks, most halving H and W, down to 4x4 or 8x8;   h = sum over the pixels of ReLU(h);   D(x, y) = w . h + b + e_y . h
-# A block is residual: shortcut(x) + convolutions of x. One block of each network is followed by attention. The 1x1 convolution of a
+#     G:  h = linear(z) as 4x4 pixels;   blocks, each (deep: every second) doubling H and W;   image = tanh(conv(ReLU(BatchNorm(h))))
+#     D:  blocks, most halving H and W, down to 4x4 or 8x8;   s = sum over the pixels of ReLU(h);   D(x, y) = w . s + b + e_y . s
+# A block is residual: shortcut(x) + convolutions of x. In most sizes attention follows one block of each network. The 1x1 convolution of a
 # shortcut sees one pixel at a time, so it may be done before repeating pixels or after averaging them: the same with a quarter of the work.
 
 class GBlock(nn.Module):
@@ -367,8 +375,7 @@ class Generator(nn.Module):
         if config.shared_dim:
             # Not spectrally normalised: the author's code notes that this cripples G, for reasons unknown.
             self.shared = nn.Embedding(config.n_classes, config.shared_dim)
-        # The first layer sees z alone (in deep, z and the class vector), and the class enters with the first norm. (Table 4 prints 20+128;
-        # the paper's own parameter counts and published weights are those of 20.)
+        # The first layer sees a chunk of z alone, and the class enters with the first norm (deep: all of z and the class vector).
         self.linear = SNLinear(config.c_dim if config.deep else config.z_chunk, 4 * 4 * channels[0], config.g_sn_eps)
         self.blocks, self.attention_after = nn.ModuleList(), None
         for i, (a, b) in enumerate(zip(channels, channels[1:])):
@@ -407,13 +414,13 @@ class Generator(nn.Module):
             if i == self.attention_after:
                 h = self.attention(h)
         h = self.output_norm(h).relu_()                             # (N, last width, R, R)
-        # Of rgb_filters, sigma is that of all and only the first three are computed.
+        # The published deep weights have 128 filters here: sigma is that of all, but only the first three, the colours, are computed.
         h = F.conv2d(h, self.to_rgb.normalized_weight()[:3], self.to_rgb.bias[:3], padding=1)   # (N, 3, R, R)
         return torch.tanh(precise(h))                               # (N, 3, R, R) in [-1, 1]
 
 
 class DBlock(nn.Module):
-    """ReLU, conv, ReLU, conv, average-pool (figure 15c). The first block leaves out the first ReLU, which would blacken half the image."""
+    """ReLU, conv, ReLU, conv, average-pool (figure 15c). The first block leaves out the first ReLU: the image would lose all below 0."""
 
     def __init__(self, in_channels, out_channels, first, down, config):
         super().__init__()
@@ -501,7 +508,7 @@ class Discriminator(nn.Module):
 
 
 def initialise(network):
-    """Orthogonal weights (section 3), zero biases: at the start all singular values are 1, so no direction is stretched or lost."""
+    """Orthogonal weights (section 3), zero biases: at the start all singular values are 1, so no direction is preferred to another."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.Embedding)):
             nn.init.orthogonal_(module.weight)
@@ -510,7 +517,7 @@ def initialise(network):
 
 
 # ---------------------------------------------------------------- their sizes
-# With k blocks G makes R = 4 * 2^k pixels, and with skip_z its first layer and each block get z_dim / (k + 1) components of z.
+# With k doublings G makes R = 4 * 2^k pixels, and with skip_z its first layer and each of the k blocks get z_dim / (k + 1) components of z.
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -559,7 +566,7 @@ class ModelConfig:
 
     @property
     def z_chunk(self):
-        """How many components of z the first layer (and, with skip_z, each block) receives."""
+        """How many components of z the first layer receives (beside the class vector in deep) and, with skip_z, each block."""
         return self.z_dim // len(self.g_channels) if self.skip_z else self.z_dim
 
     @property
@@ -576,8 +583,8 @@ DEEP = dict(ch=128, skip_z=False, deep=True, rgb_filters=128)
 ROAD = dict(ch=64, skip_z=False, shared_dim=0)
 
 MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention in G and D, z. Tables 4 to 9.
-    # The channels of biggan32 and biggan64 and G's attention at 256 are those of the author's PyTorch code; the paper's table 5 has that
-    # attention at 128x128. shapes32 is ours: narrow where the pixels are many, for drawn shapes on two CPU cores.
+    # The channels of biggan32 and biggan64 and G's attention at 256 are those of the author's PyTorch code. shapes32 is ours: narrow where
+    # the pixels are many, for drawn shapes on two CPU cores.
     "shapes32":  ModelConfig(32, (4, 4, 2, 1), (1, 2, 4, 4), 3, 16, 16, 64, ch=32, n_classes=10, shared_dim=32),
     "biggan32":  ModelConfig(32, (4, 4, 4, 4), (4, 4, 4, 4), 2, 0, 0, 128, ch=64, n_classes=10),
     "biggan64":  ModelConfig(64, (16, 16, 8, 4, 2), (1, 2, 4, 8, 16), 4, 32, 32, 100, ch=64),
@@ -585,7 +592,6 @@ MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention 
     "biggan256": ModelConfig(256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 64, 64, 140),
     "biggan512": ModelConfig(512, (16, 16, 8, 8, 4, 2, 1, 1), (1, 1, 2, 4, 8, 8, 16, 16), 7, 64, 64, 160),
 
-    # The published weights and counts of these are those of a last convolution with 128 filters, of which 125 are never looked at.
     "biggan-deep-128": ModelConfig(128, (16, 16, 8, 4, 2, 1), (1, 2, 4, 8, 16, 16), 5, 64, 64, 128, **DEEP),
     "biggan-deep-256": ModelConfig(256, (16, 16, 8, 8, 4, 2, 1), (1, 2, 4, 8, 8, 16, 16), 6, 64, 64, 128, **DEEP),
     "biggan-deep-512": ModelConfig(512, (16, 16, 8, 8, 4, 2, 1, 1), (1, 1, 2, 4, 8, 8, 16, 16), 7, 64, 64, 128, **DEEP),
@@ -600,7 +606,8 @@ MODELS = {  # resolution, G channels, D channels, D's halving blocks, attention 
 # ---------------------------------------------------------------- losses
 # BigGAN's is the hinge (Lim & Ye 2017, Tran et al. 2017), the formula at the top of this file. The others are for comparison. Where real
 # images have density p and generated ones q, the best possible D answers sign(p - q) under the hinge, log(p / q) under non-saturating,
-# p / (p + q) under least squares; under Wasserstein the answer depends on all other images.
+# p / (p + q) under least squares. (Under Wasserstein no formula of p(x) and q(x) says it.) The hinge then leaves D with twice the integral
+# of min(p, q), which is largest, 2, where p = q: there no D does better than a guess.
 
 def hinge_loss_d(real_logits, fake_logits):
     """D wants real logits above 1 and fake ones below -1; beyond that it has nothing to gain. (N,), (M,) -> scalar."""
@@ -645,7 +652,8 @@ LOSSES = {  # D's loss, G's loss, and the logit above which D takes an image for
 
 
 # ---------------------------------------------------------------- penalties
-# What is added to a loss to keep a network tame. BigGAN itself uses one, orthogonal regularisation on G: beta || W W^T * (1 - I) ||_F^2.
+# What is added to a loss to keep a network tame. BigGAN itself uses one, orthogonal regularisation on G: beta || W W^T * (1 - I) ||_F^2,
+# the squares of all entries of W W^T off its diagonal, with beta = 1e-4.
 # Section 4.2 tries R1 on D, gamma/2 E |d D / d x|^2, against collapse: after long training, G's images suddenly become poor or alike,
 # for good. It works, at a price in quality that the authors did not want to pay.
 
@@ -660,7 +668,7 @@ def squared_slope(D, x, y):
 def r1_penalty(D, x, y):
     """1/2 E |d D(x, y) / dx|^2 over real images: D must not be steep where the data are (Mescheder et al. 2018; section 4.2).
 
-    x (N, 3, R, R), y (N,) -> scalar. The weight gamma is left out; the paper's 10 stops collapse and costs 45% of the Inception score."""
+    x (N, 3, R, R), y (N,) -> scalar. The weight gamma is left out; the paper tries 1 and 10."""
     return squared_slope(D, x, y).mean() / 2
 
 
@@ -685,20 +693,20 @@ def orthogonal_penalty(W, off_diagonal=True):
         gram = W @ W.T
         return (gram - torch.diag(diagonal if off_diagonal else torch.ones_like(diagonal))).square().sum()
     # More filters than inputs: || W W^T ||_F = || W^T W ||_F, and the latter is small. G's first layer at 128 pixels has 24,576
-    # filters of 20 inputs: a matrix of 400 numbers instead of 604 million.
+    # filters of 20 inputs: a matrix of 400 numbers instead of 604 million. Its diagonal's share comes off: || A - I ||^2 = || A ||^2 -
+    # 2 tr A + n.
     squares = (W.T @ W).square().sum()
     return squares - (diagonal.square().sum() if off_diagonal else 2 * diagonal.sum() - len(diagonal))
 
 
 def orthogonal_regularisation(G):
-    """The sum of the off-diagonal penalty over all weight matrices of G but the class vectors, which are data, not filters."""
+    """The sum of the off-diagonal penalty over all weight matrices of G but class vectors and tables, which are data, not filters."""
     return sum(orthogonal_penalty(m.weight) for m in matrix_layers(G).values())
 
 
 # ---------------------------------------------------------------- watching and restraining the singular values (section 4.1)
 # Before a run collapses, the largest singular value sigma_0 of some of G's weights, the first layer's above all, grows faster and faster.
-# Spectral norm hides that from the output, but not from the optimiser. Watch the first three; or hold the first one down, which by
-# itself, says the paper, does not prevent the collapse.
+# Spectral norm hides that from the output, but not from the optimiser. Watch the first three, or hold the first one down.
 
 def fewer_rows(W):                                                  # W or W^T, whichever has fewer: W W^T is then the smaller one
     return W if W.shape[0] <= W.shape[1] else W.T
@@ -761,10 +769,8 @@ def truncated_normal(shape, threshold=math.inf, generator=None):
     return (math.sqrt(2) * torch.erfinv(uniform)).clamp(-limit, limit).float()
 
 
-def scaled_normal(shape, scale=1.0, generator=None):
-    """What "truncation" means for the BigGAN-deep weights that were published: noise truncated at 2, times `scale` from 0 to 1.
-
-    Another distribution than the paper's: for 0.5 its standard deviation is 0.44, where that of truncated_normal is 0.28."""
+def scaled_normal(shape, scale, generator=None):
+    """What "truncation" means for the BigGAN-deep weights that were published: noise truncated at 2, times `scale` from 0 to 1."""
     return scale * truncated_normal(shape, 2.0, generator)
 
 
@@ -783,19 +789,20 @@ class EMA:
         """Take in the weights and buffers of `model` after optimiser step number `step`."""
         averages = [*self.model.parameters(), *self.model.buffers()]
         newest = [*model.parameters(), *model.buffers()]
+        # All in one call (torch has no public name for it). An averaged u is no unit vector, which power_iteration does not mind.
         torch._foreach_lerp_(averages, newest, 1 - self.decay if step > self.start else 1.0)
 
 
 @torch.no_grad()
-def standing_statistics(G, batches=100, batch_size=64, noise=truncated_normal, seed=0):
-    """Replace the running averages in G's batch norms by exact averages over freshly drawn images (appendix C).
+def standing_statistics(G, batches=16, batch_size=64, noise=truncated_normal):
+    """Replace the running averages in G's batch norms by plain averages over batches of freshly drawn images (appendix C).
 
     The averages that training leaves behind lag behind the weights, and they belong to untruncated noise: truncated noise has other
     moments, and samples drawn with the wrong ones are washed out. So the noise must be that of the samples: noise(shape, generator=...).
     Classes are drawn uniformly. Several processes share the work and must all call it. Leaves G in eval mode."""
     device = next(G.parameters()).device
     norms = [m for m in G.eval().modules() if isinstance(m, Norm)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     share = -(-batch_size // processes())                           # rounded up, since all shares must be equal
     mine = slice(rank() * share, (rank() + 1) * share)
     for norm in norms:

@@ -1,11 +1,11 @@
 """Score generated images against real ones.
 
-    python metrics.py --weights runs/cifar10 --data cifar10/test                     FID, KID, IS, precision, recall, sliced Wasserstein
-    python metrics.py --weights runs/cifar10 --data cifar10/test --trunc 2 1.5 1 0.5 0.04 --plot curve.png       fidelity against variety
-    python metrics.py --weights runs/a runs/b runs/c --data cifar10/test             several runs: mean and deviation
-    python metrics.py --fake samples.npz --real cifar10/test                         an array or a folder against a folder
+    python metrics.py --weights runs/cifar10 --data data/cifar10-test                FID, KID, IS, precision, recall, sliced Wasserstein
+    python metrics.py --weights runs/cifar10 --data data/cifar10-test --trunc 2 1.5 1 0.5 0.04 --plot curve.png     fidelity against variety
+    python metrics.py --weights runs/a runs/b runs/c --data data/cifar10-test        several runs: mean and deviation
+    python metrics.py --fake samples.npz --real data/cifar10-test                    an array or a folder against a folder
     python metrics.py --weights runs/shapes --data shapes --inception none           without Inception: sliced Wasserstein only
-    torchrun --nproc_per_node=8 -- metrics.py ...                                    the same numbers, sooner
+    torchrun --nproc_per_node=8 -- metrics.py ...                                    the same numbers, sooner (-- hides --n from torchrun)
 
 FID, KID, precision and recall compare what the Inception network sees in the images, and IS how it classifies them. Its weights, 91 MB, are
 fetched once into ~/.cache/biggan. Sliced Wasserstein compares small patches and needs no network. Numbers can be compared if network,
@@ -180,12 +180,12 @@ def enlarge(x):                                                     # (N, C, H, 
     return blur(spread, gain=4)                                     # 4: three of four pixels were zero
 
 
-def laplacian_pyramid(x, smallest=16):
-    """(N, C, R, R) -> list of bands R, R/2, ..., smallest: each is what the next smaller image cannot show; the last is that image.
+def laplacian_pyramid(x):
+    """(N, C, R, R) -> list of bands R, R/2, ..., 16: each is what the next smaller image cannot show; the last is that image.
 
     Enlarging and adding them up from the last to the first gives x back."""
     bands = []
-    while x.shape[-1] >= 2 * smallest:
+    while x.shape[-1] >= 32:
         small = blur(x)[:, :, ::2, ::2]
         bands.append(x - enlarge(small))
         x = small
@@ -202,12 +202,12 @@ def patches(x, generator, per_image=128, side=7):
     return x[image, :, rows, columns].flatten(0, 1).flatten(1)
 
 
-def pyramid_patches(images, seed, smallest=16, per_image=128, at_a_time=64):
+def pyramid_patches(images, seed, per_image=128, at_a_time=64):
     """Images (N, R, R, 3) uint8 -> {pixels per side: patches of that level (N * per_image, 3, 49), its mean and deviation (3, 1)}."""
     parts, sums, generator = {}, {}, torch.Generator().manual_seed(seed)
     for start in range(0, len(images), at_a_time):
         x = torch.from_numpy(images[start:start + at_a_time]).permute(0, 3, 1, 2).float()
-        for band in laplacian_pyramid(x, smallest):
+        for band in laplacian_pyramid(x):
             side, pixels = band.shape[-1], band.double().transpose(0, 1).flatten(1)
             parts.setdefault(side, []).append(patches(band, generator, per_image).unflatten(1, (3, -1)))
             sums[side] = sums.get(side, 0) + torch.stack([pixels.sum(1), pixels.square().sum(1)])
@@ -218,12 +218,12 @@ def pyramid_patches(images, seed, smallest=16, per_image=128, at_a_time=64):
     return levels
 
 
-def pyramid_distances(real, fake, smallest=16, per_image=128, projections=512):
+def pyramid_distances(real, fake, per_image=128, projections=512):
     """Two sets of images (N, R, R, 3) uint8 -> {pixels per side: sliced Wasserstein distance of that level's patches}.
 
     Patches are scaled per colour channel to the mean and variance of the *real* ones. (Karras et al. scale each set by itself,
     which hides wrong contrast and colour.)"""
-    real, fake = (pyramid_patches(images, seed, smallest, per_image) for seed, images in enumerate((real, fake)))
+    real, fake = (pyramid_patches(images, seed, per_image) for seed, images in enumerate((real, fake)))
     distances = {}
     for side, (_, mean, deviation) in real.items():
         distances[side] = sliced_wasserstein(*(((points[side][0] - mean) / deviation).flatten(1) for points in (real, fake)), projections)
@@ -293,7 +293,7 @@ class Inception(nn.Module):
         if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"images are (N, 3, H, W) uint8, not {tuple(x.shape)} of {x.dtype}")
         x = resize(x.to(self.fc_bias), 299, RESIZERS[self.resizer])     # (N, 3, 299, 299), still 0 to 255
-        x = x / 127.5 - 1 if self.resizer == "pytorch" else x / 128 - 1
+        x = x / 127.5 - 1 if self.resizer == "pytorch" else x / 128 - 1       # the original has (x - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv(x, "Conv2d_1a_3x3", stride=2, padding=0)      # (N, 32, 149, 149)
         x = self.conv(x, "Conv2d_2a_3x3", padding=0)                # (N, 32, 147, 147)
@@ -445,7 +445,7 @@ class Given:
         rows, images = [], []
         for row in range(b * BLOCK, min((b + 1) * BLOCK, self.n)):
             try:
-                images.append(np.asarray(self.data[int(self.order[row])][0]))
+                images.append(self.image(row))
                 rows.append(row)
             except Exception as reason:                             # Pillow raises whatever its decoders do
                 warn(f"skipped {self.data.paths[self.order[row]] if isinstance(self.data, Files) else self.source}: {reason}")
@@ -533,6 +533,7 @@ class Array(Arrays):
                 images = self.mapped(path, arrays.zip.infolist()[0])
                 images = arrays[arrays.files[0]] if images is None else images      # compressed
                 labels = arrays[arrays.files[1]] if len(arrays.files) > 1 else None
+                self.made_of = str(arrays["arr_2"]) if "arr_2" in arrays.files else None
         except FileNotFoundError:
             raise UserError(f"the array {path} does not exist; draw it with sample.py --npz, or name another") from None
         except Exception:                                           # numpy and zipfile raise what their parsers do
@@ -540,12 +541,9 @@ class Array(Arrays):
         shape = images.shape
         if images.dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
             raise UserError(f"{path} holds {images.dtype} of shape {shape}, not (n, R, R, 3) uint8; name another")
-        side = shape[1]
-        while side >= 32 and side % 2 == 0:
-            side //= 2
-        if not 16 <= side < 32:
+        if shape[1] < 16 or shape[1] % 2**((shape[1] // 16).bit_length() - 1):      # halving must end between 16 and 31
             raise UserError(f"{path} holds images of {shape[1]} pixels; a size like 32, 48, 64, ... that can be halved is needed")
-        if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind != "i"):
+        if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
             labels = None
         super().__init__(images, labels, None)
 
@@ -878,7 +876,7 @@ def plot(results, path):
 def parse(arguments):
     parser = Parser(__doc__)
     parser.add_argument("--weights", nargs="+", metavar="W", help="what to draw the images with: whatever sample.py takes, one or several "
-                                                                  "(default: the newest run in runs/)")
+                                                                  "(default: the newest run in runs/, or else biggan-deep-256)")
     parser.add_argument("--fake", metavar="DIR", help="score the images in this folder, or in FILE.npz, instead; they are brought to the "
                                                       "largest power of two that the first one is not smaller than")
     parser.add_argument("--data", "--real", dest="data", metavar="DIR",
@@ -932,7 +930,6 @@ def parse(arguments):
 def main(arguments):
     args = parse(arguments)
     keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False                         # images are drawn as sample.py draws them
 
     # What is compared, and can it be? All of it is looked at before anything is fetched or drawn.
     Gs = [] if args.fake else [read_generator(weights) for weights in args.weights or [None]]
@@ -946,7 +943,8 @@ def main(arguments):
     stored = read_statistics(args.data) if args.data.endswith(".npz") else None
     if stored and (args.held_out or args.neighbours or args.n_real or args.inception == "none"):
         raise UserError(f"{args.data} holds statistics; --held-out, --neighbours, --n-real and --inception none need the images themselves")
-    real = None if stored else Given(args.data, resolution, args.n_real or (args.n if args.data == "shapes" else None), "--n-real")
+    n = args.n or (PATCHED if args.inception == "none" else 10_000)
+    real = None if stored else Given(args.data, resolution, args.n_real or (n if args.data == "shapes" else None), "--n-real")
     held_out = Given(args.held_out, resolution) if args.held_out else None
     inception = Inception(find_inception(args.inception), args.resizer) if args.inception != "none" else None
     for name, value in ("resolution", resolution), ("network", inception and inception.said), ("resizer", args.resizer):
@@ -955,17 +953,17 @@ def main(arguments):
                             "give --data the images themselves")
 
     # Generators get batch norm statistics for each truncation before the processes meet, so that these do not depend on how many there are.
-    n, jobs = args.n or (10_000 if inception else PATCHED), []
+    jobs = []
     for G, t in itertools.product(Gs, args.trunc or [None]):
         if n < G.config.n_classes:
             warn(f"{n} images of {G.config.n_classes} classes: the later classes are missing; pass a larger --n")
         prepare(G, t, args.trunc_kind)
-        said = {"truncation": t, "noise": G.noise_said, "batch_norm": G.statistics_said, "weights": "averaged (EMA)"}
+        said = {"truncation": t, "noise": G.noise_said, "batch_norm": G.statistics_said}
         moments = {name: tensor.clone() for name, tensor in G.state_dict().items() if "running_" in name}
-        jobs += [("not truncated" if t is None else f"{t:g}", Drawn(G, n, seed, G.noise, moments),
+        jobs += [(G.noise_said if t is None else f"{t:g}", Drawn(G, n, seed, G.noise, moments),
                   {"images": G.source, "seed": seed, **said}) for seed in args.seed]
     if args.fake:
-        jobs = [(Path(args.fake).name, given, {"images": args.fake})]
+        jobs = [(Path(args.fake).name, given, {"images": args.fake, "made_of": getattr(given.data, "made_of", None)})]
 
     from train import any_process, join_processes, together
     device, own = join_processes(timedelta(days=1)), [G.fingerprint for G in Gs]    # the others wait while the first one compares
@@ -1032,8 +1030,9 @@ def report(results, means):
     if "fid" in first:
         tell(f"network {first['network']}, resizer {first['resizer']}")
     if "batch_norm" in first:
-        tell(f"noise {first['noise']}, seed {first['seed']}, batch norm's statistics {first['batch_norm']}" if len(results) == 1 else
-             f"batch norm's statistics {first['batch_norm']}")
+        for noise, moments in dict.fromkeys((r["noise"], r["batch_norm"]) for _, r in results):
+            tell(f"noise {noise}, batch norm's statistics {moments}")
+        tell(f"seeds {', '.join(map(str, dict.fromkeys(r['seed'] for _, r in results)))}")
     tell(table(rows + means, "truncation" if "truncation" in first else "images"))
     if "fid_of_real" in first and min(first["n"], first["n_real"]) > 2048:
         tell(f"other real images, as many, would have an FID of about {first['fid_of_real']:.2f}, and a KID of 0")

@@ -1,13 +1,13 @@
 """Draw images with a trained generator.
 
-    python sample.py --class 207 --trunc 0.5                a golden retriever, by the newest run in runs/ or else a published BigGAN-deep
-    python sample.py --class "golden retriever" --n 16      by name: the model's own, or ImageNet's words
+    python sample.py --class 207 --trunc 0.5                by the newest run in runs/, or where there is none a published BigGAN-deep
+    python sample.py --weights biggan-deep-256 --class "golden retriever"      by name: the model's own, or ImageNet's words
     python sample.py --weights shapes --class star heart    the small model that comes along, without any network
     python sample.py --weights runs/cifar10 --sheet truncation --class ship
     torchrun --nproc_per_node=8 sample.py --npz 50000       an array for scores, on eight GPUs
 
-The picture has one row per class; one class alone fills a square. Image number i depends on the seed + i and on nothing else, so
---seed 17 --n 1 draws the image that is second with --seed 16.
+The picture has one row per class; one class alone fills several. The noise of image i depends on seed + i alone, so --seed 17 --n 1
+draws the image that is second with --seed 16.
 
 --weights takes a run folder, a checkpoint, a name (shapes, biggan-deep-128, -256, -512), a path or an address of published weights:
 BigGAN-deep as converted by Hugging Face, or G_ema.pth of the paper's author's PyTorch code. What is fetched is kept in ~/.cache/biggan.
@@ -19,7 +19,7 @@ the second of 0.44. --trunc-kind chooses. Batch norm's statistics always belong 
 else gathered anew and kept in a file beside the weights.
 
 Reading order: errors and files, which train.py and metrics.py share, then weights and their origins, batch norm's statistics, drawing,
-classes, sheets, arrays for scores.
+classes, sheets, arrays for scores. In a hurry: `from_deep`, `prepare`, `draw`, `interpolation_sheet`.
 """
 
 import argparse
@@ -36,6 +36,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 import urllib.request
 import zipfile
 import zlib
@@ -96,8 +97,12 @@ def run(main):
         print(f"error: {file_trouble(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         status = 130
+    except Exception:
+        status = 1
+        traceback.print_exc()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # The threads of a process group outlive it; one that needs the interpreter while that is being taken down would abort the process.
+        # A usual end would wait for exchanges that the others never join. And the threads of a process group outlive it: one that needs
+        # the interpreter while that is being taken down would abort the process.
         tell(end="")
         os._exit(status)
     if status:
@@ -162,7 +167,7 @@ def number(kind, name, fits, otherwise):
 
 positive = number(float, "positive number", lambda value: value > 0, "not above 0")
 at_least_one = number(int, "whole number", lambda value: value >= 1, "below 1")
-seed_number = number(int, "whole number", lambda value: 0 <= value < 2**62, "not between 0 and 2^62")
+seed_number = number(int, "whole number", lambda value: 0 <= value < 2**62, "not between 0 and 2^62")     # seed + i fits too
 
 
 def check_output(path, suffix=".png"):
@@ -212,7 +217,7 @@ def pick_device():
 PAUSE = 1.0                                                         # seconds before the second try, twice as long before the third, ...
 
 
-def fetch(url, path, size=None, tries=5):
+def fetch(url, path, size=None):
     """Download a file. If the connection is cut it goes on from there; `path` appears when all is there and not before.
 
     size: the bytes it should have, give or take a hundredth. Raises UserError for another size, OSError where it cannot be had."""
@@ -224,7 +229,7 @@ def fetch(url, path, size=None, tries=5):
         if path.exists():
             return
         with open(part, "wb") as f:
-            for attempt in range(tries):
+            for attempt in range(5):
                 time.sleep(PAUSE * attempt)
                 try:
                     # If-Range: the rest, unless the file has changed; then all of it.
@@ -496,6 +501,7 @@ def read_generator(weights=None):
 
     It has G.classes (names), G.source (path), G.kind (what truncation means to it) and G.moments (published batch norm statistics)."""
     keep_freed_memory()
+    torch.backends.cudnn.allow_tf32 = False                         # an image must not depend on the batch that it is drawn in
     found = read_weights(weights)
     with torch.device("meta"):
         G = Generator(found.config)
@@ -510,7 +516,8 @@ def read_generator(weights=None):
 
 
 def load_generator(weights=None, truncation=None, kind=None):
-    """A generator in eval mode, ready for G(z, y) with z = G.noise((N, G.config.z_dim)), whatever its weights' origin.
+    """A generator in eval mode, whatever its weights' origin, on the GPU if there is one: G(z, y) for z and y that are there, or
+    draw(G, z, y) for any, with z = G.noise((N, G.config.z_dim)).
 
     weights: what --weights takes. Its batch norm statistics are those of this truncation."""
     return prepare(read_generator(weights), truncation, kind)
@@ -547,7 +554,7 @@ def prepare(G, truncation=None, kind=None):
     except (UserError, OSError, KeyError, TypeError, AttributeError, RuntimeError):
         pass                                                        # missing, damaged or of other weights: gathered anew
     if first_process():
-        tell(f"gathering batch norm's statistics from 1,024 images, {G.noise_said}", file=sys.stderr)
+        tell(f"gathering batch norm's statistics from {64 * STANDING_BATCHES:,} images, {G.noise_said}", file=sys.stderr)
     standing_statistics(G, STANDING_BATCHES, noise=G.noise)
     moments = moments_of(G.state_dict())
     if first_process():
@@ -614,9 +621,9 @@ def seeded_noise(seeds, z_dim, noise=truncated_normal):
     return torch.cat([noise((1, z_dim), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def image_grid(images, columns, gap=2):
+def image_grid(images, columns):
     """(N, R, R, 3) uint8 -> a Pillow image of them in rows, on white."""
-    R, rows = images.shape[1], -(-len(images) // columns)
+    R, rows, gap = images.shape[1], -(-len(images) // columns), 2
     sheet = np.full((rows * (R + gap) + gap, columns * (R + gap) + gap, 3), 255, np.uint8)
     for i, image in enumerate(images):
         top, left = gap + i // columns * (R + gap), gap + i % columns * (R + gap)
@@ -658,7 +665,7 @@ def class_indices(wanted, classes):
     indices, imagenet = [], {word.lower() for words_of_class in imagenet_words().values() for word in words_of_class}
     for text in wanted:
         found = called(text)
-        elsewhere = "" if len(classes) == 1000 or not (text.isdigit() or text.lower() in imagenet) else (
+        elsewhere = "" if len(classes) == 1000 or not (text.isdigit() and int(text) < 1000 or text.lower() in imagenet) else (
             "; among ImageNet's classes there is one: --weights biggan-deep-256")
         if text.lower() == "all":
             found, indices = [], indices + [*range(len(classes))]
@@ -854,9 +861,9 @@ def main(arguments):
     parser.add_argument("--trunc-kind", choices=KINDS,
                         help="what T means, see above: resample (the paper's) or scale (default: what it means to these weights)")
     parser.add_argument("--n", type=at_least_one, help="images per class (default: 8)")
-    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the first image of every class (default: 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of the first image (of every class; --npz: of all; default: 0)")
     parser.add_argument("--sheet", choices=[*SHEETS, "timelapse"],
-                        help="a picture with labels: classes x seeds; one class at several truncations; from one class and noise to "
+                        help="a picture with labels: classes x seeds; classes at several truncations; from one class and noise to "
                              "another; or a run's sample grids as an animation")
     parser.add_argument("--npz", type=at_least_one, metavar="N",
                         help="instead of a picture, N images of the classes in turn as an array for scores")
@@ -877,7 +884,6 @@ def main(arguments):
     out = check_output(args.out or usual, Path(usual).suffix)
     if args.trunc and len(args.trunc) > 1 and args.sheet != "truncation":
         parser.error("--trunc takes several values for --sheet truncation only")
-    torch.backends.cudnn.allow_tf32 = False                         # an image must not depend on the batch that it is drawn in
 
     if args.sheet == "timelapse":
         if not args.weights:
@@ -894,9 +900,8 @@ def main(arguments):
     classes = class_indices(args.classes or ["all"], G.classes)
     if args.npz:
         prepare(G, *(args.trunc or [None]), args.trunc_kind)        # each process by itself: the same statistics however many there are
-        if several:
-            from train import join_processes
-            join_processes()
+        from train import join_processes
+        join_processes()
         write_npz(G, classes, args.npz, args.seed, out)
         return dist.destroy_process_group() if several else None
     if not args.classes and len(classes) > 20:
@@ -915,7 +920,8 @@ def main(arguments):
     else:
         prepare(G, *truncations, args.trunc_kind)
         images = draw_rows(G, classes, args.n, args.seed)
-        sheet = image_grid(images, columns=math.ceil(math.sqrt(args.n)) if len(classes) == 1 else args.n)
+        side = math.ceil(math.sqrt(args.n))                         # one class alone: about a square, without a hole if that can be
+        sheet = image_grid(images, args.n if len(classes) > 1 else next((c for c in range(side, 2 * side) if args.n % c == 0), side))
     save_atomically(out, lambda f: sheet.save(f, "PNG"))
     names = ", ".join(class_title(G.classes, k) for k in classes[:10]) + (", ..." if len(classes) > 10 else "")
     how = G.noise_said if len(truncations) == 1 else f"truncations {', '.join(f'{t:g}' for t in truncations)}"

@@ -1319,6 +1319,13 @@ def test_an_array_is_read_from_the_disk_whoever_has_written_it(tmp_path):
     np.savez_compressed(tmp_path / "c.npz", images)
     packed = metrics.Array(tmp_path / "c.npz")
     assert metrics.Array(as_npz(tmp_path, images, np.zeros(3, int))).labels is None         # labels of something else
+    assert metrics.Array(as_npz(tmp_path, images, labels.astype(np.uint8))).labels.tolist() == labels.tolist()
+    for side, fits in (16, True), (48, True), (15, False), (33, False), (34, True), (72, True), (66, False):
+        if fits:
+            assert metrics.Array(as_npz(tmp_path, np.zeros((1, side, side, 3), np.uint8))).resolution == side
+        else:
+            with pytest.raises(sample.UserError, match=f"images of {side} pixels"):
+                metrics.Array(as_npz(tmp_path, np.zeros((1, side, side, 3), np.uint8)))
     assert np.array_equal(packed.images, images) and packed.labels is None and np.array_equal(packed[3][0], images[3])
 
 
@@ -2353,6 +2360,9 @@ def test_sample_writes_one_row_per_class(tiny_run, tmp_path, capsys):
     checkpoint = next((tiny_run / "checkpoints").glob("*.pt"))
     start("--weights", checkpoint, "--class", "HEART", "--n", 4, "--out", tmp_path / "b.png", module=sample)
     assert Image.open(tmp_path / "b.png").size == (2 * 34 + 2, 2 * 34 + 2)
+    for n, columns in (8, 4), (7, 3), (9, 3):                           # one class: about a square, without a hole where that can be
+        start("--weights", checkpoint, "--class", "HEART", "--n", n, "--out", tmp_path / "c.png", module=sample)
+        assert Image.open(tmp_path / "c.png").size == (columns * 34 + 2, -(-n // columns) * 34 + 2)
 
 
 def scores_in(path, k=0):
@@ -2954,7 +2964,8 @@ def test_an_array_for_scores_is_the_same_on_one_and_on_three_processes(tiny_run,
     assert np.abs(images - sample.draw_seeds(G, [k % 10 for k in range(150)], range(3, 153), G.noise)).max() <= 1
     assert np.abs(images - three["arr_0"]).max() <= 1
     start("--fake", tmp_path / "1.npz", "--real", "shapes", "--inception", "none", "--out", tmp_path / "m.json", module=metrics)
-    assert scores_in(tmp_path / "m.json")["fake_colour"]["mean"] == np.round(images.mean((0, 1, 2)), 1).tolist()
+    result = scores_in(tmp_path / "m.json")
+    assert result["fake_colour"]["mean"] == np.round(images.mean((0, 1, 2)), 1).tolist() and "truncated at 0.7" in result["made_of"]
 
 
 def test_an_array_that_was_killed_goes_on_where_it_was(tiny_run, tmp_path, monkeypatch, capsys):
@@ -3172,7 +3183,7 @@ def test_a_folder_with_other_things_is_not_used_as_run_folder(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["--class", "10"], "classes 0 to 9"),
+    (["--class", "10"], "classes 0 to 9; among ImageNet's classes there is one"),
     (["--class", "-1"], "classes 0 to 9"),
     (["--class", "hart"], "no class named hart; did you mean heart?"),
     (["--class", "zebra"], "no class named zebra; this model knows arrow, circle, crescent, cross, diamond, heart, "
@@ -3209,6 +3220,10 @@ def test_a_wrong_request_for_samples_is_refused(tiny_run, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     given = [] if "--weights" in arguments else ["--weights", tiny_run]
     assert sentence in refused(monkeypatch, capsys, sample, *given, *arguments) and not listing(tmp_path)
+
+
+def test_a_number_that_imagenet_does_not_have_either_is_not_sent_there(monkeypatch, capsys):
+    assert refused(monkeypatch, capsys, sample, "--weights", "shapes", "--class", 1000).endswith("this model has classes 0 to 9")
 
 
 def test_a_folder_without_weights_is_refused(tmp_path, monkeypatch, capsys):
@@ -3278,6 +3293,14 @@ def test_a_wrong_request_for_scores_is_refused(tmp_path, monkeypatch, capsys, ar
     np.savez(tmp_path / "odd.npz", np.zeros((6, 33, 33, 3), np.uint8))
     (tmp_path / "text.npz").write_text("hello")
     assert sentence in refused(monkeypatch, capsys, metrics, *arguments)
+
+
+def test_an_unforeseen_error_of_one_of_several_processes_ends_it_at_once_whatever_still_waits():
+    waiting = "import threading, time, sample; threading.Thread(target=time.sleep, args=[60]).start(); sample.run(lambda arguments: 1 / 0)"
+    started = time.time()
+    process = run_command("-c", "import os; os.environ['WORLD_SIZE'] = '2'; " + waiting)
+    output, error = process.communicate()
+    assert process.returncode == 1 and "ZeroDivisionError" in error and time.time() - started < 50
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "metrics.py"])

@@ -12,10 +12,10 @@ The same command again continues where the run stopped, also after a kill. A run
 
     config.json        every setting and the class names
     log.jsonl          one JSON object per logged step
-    samples/*.png      the same noise at growing steps, one row per class, drawn by the averaged generator
+    samples/*.png      the same noise at growing steps, a row per class (of 16), drawn by the averaged generator
     checkpoints/*.pt   tensors and plain values only; sample.py and metrics.py need nothing else
 
-Reading order: settings and presets, data, several processes, one training step, checkpoints, the loop, how fast it is.
+Reading order: settings and presets, data, several processes, one training step, a run and its folder, the loop, how fast it is.
 """
 
 import copy
@@ -97,7 +97,7 @@ class Settings:
                                     "else fp32")
     compile: bool = option(False, "let torch.compile fuse G's and D's operations; the first step then takes minutes")
     seed: int = option(0, "of weights, noise and data order")
-    workers: int = option(None, "processes that decode images (default: 8 beside a GPU, 0 on a CPU)")
+    workers: int = option(None, "processes that decode images (default: 8 beside a GPU, 0 on a CPU; with --pack all cores)")
     held_out: str = option(None, "folder of held-out images of the same classes: does D take them for real as often as those of --data?")
     fid: int = option(None, "generated images for the FID at every look, which needs Inception's weights (default: 10,000 on a GPU if "
                             "metrics.py has fetched them, else 0)")
@@ -141,7 +141,7 @@ PRESETS = {  # what differs from the defaults above
 }
 
 # These may differ when a run is continued: they change where and how long, not what is computed.
-FREE_TO_CHANGE = {"data", "pack", "benchmark", "out", "held_out", "fid", "steps", "workers", "log_every", "sample_every", "save_every",
+FREE_TO_CHANGE = {"data", "out", "held_out", "fid", "steps", "workers", "log_every", "sample_every", "save_every",
                   "eval_every", "keep", "keep_every", "on_collapse", "compile"}
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}              # what autocast computes convolutions and products in
@@ -175,26 +175,20 @@ def parse_settings(arguments):
     else:
         s.ch, s.shared_dim = (getattr(MODELS[s.model], name) if value is None else value
                               for name, value in (("ch", s.ch), ("shared_dim", s.shared_dim)))
-    for name in ("benchmark", "ch", "steps", "batch", "micro_batch", "d_steps", "log_every", "sample_every", "save_every", "eval_every",
-                 "keep", "keep_every"):
-        if getattr(s, name) is not None and getattr(s, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
-    if s.sigma_fixed is not None and not 0 < s.sigma_fixed < float("inf"):
-        parser.error(f"--sigma-fixed must be above 0 and finite, not {s.sigma_fixed}")
-    if s.sigma_ratio is not None and not 1 <= s.sigma_ratio < float("inf"):
-        parser.error(f"--sigma-ratio must be at least 1 and finite, not {s.sigma_ratio}: it is the largest over the second largest")
-    for name in ("g_lr", "d_lr", "ortho", "r1", "sigma_pull", "shared_dim", "seed", "ema_start", "workers", "fid"):
-        if getattr(s, name) is not None and not 0 <= getattr(s, name) < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more and finite, not {getattr(s, name)}")
-    if s.fid == 1:
-        parser.error("--fid must be 0 or at least 2, since a distribution is compared")
-    if s.seed >= 2**62:
-        parser.error(f"--seed must be below 2^62, not {s.seed}")
-    for name in ("beta1", "beta2", "ema"):
-        if not 0 <= getattr(s, name) < 1:
-            parser.error(f"--{name} must be at least 0 and below 1, not {getattr(s, name)}")
-    if s.flip not in (0, 1):
-        parser.error(f"--flip must be 0 or 1, not {s.flip}")
+    for names, fits, must in (
+            ("benchmark ch steps batch micro_batch d_steps log_every sample_every save_every eval_every keep keep_every",
+             lambda value: value >= 1, "at least 1"),
+            ("g_lr d_lr ortho r1 sigma_pull shared_dim seed ema_start workers fid",
+             lambda value: 0 <= value < math.inf, "0 or more and finite"),
+            ("beta1 beta2 ema", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+            ("sigma_fixed", lambda value: 0 < value < math.inf, "above 0 and finite"),
+            ("sigma_ratio", lambda value: 1 <= value < math.inf, "at least 1 and finite, since it is the largest over the second largest"),
+            ("fid", lambda value: value != 1, "0 or at least 2, since a distribution is compared"),
+            ("seed", lambda value: value < 2**62, "below 2^62"),
+            ("flip", lambda value: value in (0, 1), "0 or 1")):
+        for name in names.split():
+            if (value := getattr(s, name)) is not None and not fits(value):
+                parser.error(f"--{name.replace('_', '-')} must be {must}, not {value}")
     try:
         model = None if s.init else model_config(s)
     except ValueError as error:
@@ -328,7 +322,8 @@ class ImageFolder:
             if not files[d]:
                 raise UserError(f"the class folder {d} holds no images; fill it or remove it")
         self.classes = [d.name for d in folders]
-        self.paths = [path for d in folders for path in files[d]]
+        # Not a list: every worker would come to have its own copy of those million objects, as reading one counts its readers in it.
+        self.paths = np.array([os.fsencode(path) for d in folders for path in files[d]])
         self.labels = np.repeat(np.arange(len(folders)), [len(files[d]) for d in folders])
         self.first_of = np.searchsorted(self.labels, np.arange(len(folders) + 1))   # class k's images: first_of[k] to first_of[k+1]
         for label in range(len(folders)):
@@ -337,6 +332,9 @@ class ImageFolder:
     def __len__(self):
         return len(self.paths)
 
+    def path(self, i):
+        return Path(os.fsdecode(self.paths[i]))
+
     def __getitem__(self, i):
         """-> (R, R, 3) uint8, label."""
         label = int(self.labels[i])
@@ -344,11 +342,11 @@ class ImageFolder:
         for j in [*range(i, end), *range(first, i)]:
             if j not in self.broken:
                 try:
-                    return load_patiently(self.paths[j], self.resolution), label
+                    return load_patiently(self.path(j), self.resolution), label
                 except Exception as reason:                         # Pillow raises whatever its decoders do
                     self.broken.add(j)
-                    warn(f"skipped {self.paths[j]}: {reason}")
-        raise UserError(f"none of the {end - first} images in the class folder {self.paths[i].parent} can be read; replace or remove it")
+                    warn(f"skipped {self.path(j)}: {reason}")
+        raise UserError(f"none of the {end - first} images in the class folder {self.path(i).parent} can be read; replace or remove it")
 
 
 def images_in(folder):
@@ -379,6 +377,18 @@ def load_image(path, resolution):
     left, top = (image.width - side) // 2, (image.height - side) // 2
     how = Image.Resampling.BOX if side >= resolution else Image.Resampling.BICUBIC
     return np.asarray(image.resize((resolution, resolution), how, (left, top, left + side, top + side)))
+
+
+def load_patiently(path, resolution):
+    """`load_image`, but trouble of the disk or the network, unlike a broken image, may pass: it is waited for, a minute or so."""
+    for wait in 1, 10, 60, None:
+        try:
+            return load_image(path, resolution)
+        except OSError as error:                                    # Pillow's own, for broken images, have no errno
+            if error.errno is None or isinstance(error, (FileNotFoundError, PermissionError)) or wait is None:
+                raise
+            warn(f"{path} cannot be read now: {error.strerror}; trying again in {wait} s")
+            time.sleep(wait)
 
 
 # Decoding a JPEG takes a core about a millisecond, which keeps many cores busy beside fast GPUs. `--pack` does it once for all. A packed
@@ -421,7 +431,8 @@ class Blocks:
 
     def __init__(self, data, folder, resolution, checksums):
         self.data, self.file, self.resolution, self.checksums = data, folder / "images.npy", resolution, checksums
-        self.header = np.load(self.file, mmap_mode="r").offset      # where the pixels begin
+        # Where the pixels begin. They are written as to any file: through a memory map, a full disk would kill without a word.
+        self.header = np.load(self.file, mmap_mode="r").offset
 
     def __getitem__(self, b):
         block = range(b * PACK_BLOCK, min((b + 1) * PACK_BLOCK, len(self.data)))
@@ -444,7 +455,7 @@ def pack(data, folder, resolution, workers):
     folder, size = Path(folder), len(data) * resolution**2 * 3
     described = {"resolution": resolution, "images": len(data), "classes": data.classes,
                  "labels": zlib.crc32(np.asarray(data.labels, np.int64).tobytes()),
-                 "files": zlib.crc32("\n".join(f"{p.parent.name}/{p.name}" for p in getattr(data, "paths", [])).encode())}
+                 "files": zlib.crc32("\n".join("/".join(data.path(i).parts[-2:]) for i in range(len(getattr(data, "paths", [])))).encode())}
     say(f"{len(data):,} images at {resolution}x{resolution}: {size / 1e9:,.2f} GB in {folder}")
     checksums = np.full(-(-len(data) // PACK_BLOCK), -1, np.int64)
     if (folder / "packed.json").exists():
@@ -514,20 +525,8 @@ def fetch_cifar10(folder=Path("data"), url=CIFAR10_URL, md5=CIFAR10_MD5):
             pack(Arrays(images, records[:, 0], classes), folder / name, 32, workers=0)
 
 
-def load_patiently(path, resolution):
-    """`load_image`, but trouble of the disk or the network, unlike a broken image, may pass: it is waited for, a minute or so."""
-    for wait in 1, 10, 60, None:
-        try:
-            return load_image(path, resolution)
-        except OSError as error:                                    # Pillow's own, for broken images, have no errno
-            if error.errno is None or isinstance(error, (FileNotFoundError, PermissionError)) or wait is None:
-                raise
-            warn(f"{path} cannot be read now: {error.strerror}; trying again in {wait} s")
-            time.sleep(wait)
-
-
 def open_data(source, resolution, held_out=False):
-    """'shapes', a packed folder, a folder of images, or data/cifar10, which is made if it is not there yet."""
+    """'shapes', a packed folder or a folder of images, as a data set."""
     if source == "shapes":
         return Shapes(resolution, held_out)
     if Path(source, "packed.json").exists():
@@ -699,6 +698,7 @@ class Trainer:
         self.half = HALF.get(s.precision)
         # What autocast leaves in float32 may round to TF32 where the rest is coarser anyway; under fp32, float32 means float32.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.half is not None
+        torch.backends.cudnn.benchmark = True                       # all steps have the same shapes: the fastest algorithm of each is kept
         # Half of the gradients would be too small for float16: the scaler multiplies the loss by a large number, divides the gradients
         # by it, and lowers it where they overflow. In any precision it leaves out an update whose gradient is not finite.
         scale = {} if self.half == torch.float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}     # else 1, for ever
@@ -736,7 +736,10 @@ class Trainer:
         z = truncated_normal((self.s.batch, self.config.z_dim), generator=generator)
         y = torch.randint(self.config.n_classes, (self.s.batch,), generator=generator)
         mix = torch.rand(self.s.batch, generator=generator)
-        return zip(*(drawn[self.rows].to(self.device).split(self.micro) for drawn in (z.to(self.dtype), y, mix.to(self.dtype))))
+        own = [drawn[self.rows] for drawn in (z.to(self.dtype), y, mix.to(self.dtype))]
+        if self.device.type == "cuda":                              # pinned, or the CPU would wait here until the GPU has caught up
+            own = [drawn.pin_memory() for drawn in own]
+        return zip(*(drawn.to(self.device, non_blocking=True).split(self.micro) for drawn in own))
 
     def autocast(self, half):
         return torch.autocast(self.device.type, half, enabled=half is not None)
@@ -1062,7 +1065,7 @@ def draw_together(G, labels, seeds):
 
 
 def save_samples(trainer, G, s, rows=16, columns=10):
-    """A grid of fixed noise, one row per class. Returns its path."""
+    """A grid of fixed noise, a row for each of the first classes. Returns its path."""
     rows = min(rows, trainer.config.n_classes)
     images = draw_together(G, [label for label in range(rows) for _ in range(columns)], list(range(columns)) * rows)
     path = Path(s.out, "samples", f"step-{trainer.step:08d}.png")
@@ -1071,6 +1074,8 @@ def save_samples(trainer, G, s, rows=16, columns=10):
             save_atomically(path, lambda f: image_grid(images, columns).save(f, "PNG"))
     return path
 
+
+# ---------------------------------------------------------------- the loop
 
 def main(arguments):
     s = parse_settings(arguments)
@@ -1130,7 +1135,7 @@ def main(arguments):
         say(f"continuing {s.out} from step {trainer.step}")
     elif initial:
         trainer.start_from(initial, data.classes)
-    initial = None
+    initial = None                                                  # frees the memory of the weights it started from
     if trainer.step >= s.steps:
         say(f"{s.out} has {trainer.step} steps already; a larger --steps trains on, another --out starts anew")
     else:
@@ -1308,6 +1313,7 @@ def stop_if_not_finite(trainer, means, s):
     """A network that has produced a NaN never recovers, and a checkpoint of it is worth nothing: stop before one is written.
 
     Under float16 single updates are left out as a matter of course; there it is time to stop when no loss scale is small enough."""
+    # The scale begins at 1 but for float16, and an update that was left out halves it: then a single one says it.
     lowest_scale = min(trainer.scaler_G.get_scale(), trainer.scaler_D.get_scale())
     if (all(map(math.isfinite, means.values())) and lowest_scale >= (2**-14 if s.precision == "fp16" else 1)
             and torch.stack([p.isfinite().all() for network in (trainer.G, trainer.D) for p in network.parameters()]).all()):
@@ -1375,5 +1381,5 @@ def seconds_of(work, device):
 
 
 if __name__ == "__main__":
-    import train as this_file                                       # as sample.py and metrics.py know it
+    import train as this_file                                       # as sample.py and metrics.py know it, with the same `store`
     run(this_file.main)
