@@ -665,7 +665,7 @@ def class_indices(wanted, classes):
     indices, imagenet = [], {word.lower() for words_of_class in imagenet_words().values() for word in words_of_class}
     for text in wanted:
         found = called(text)
-        elsewhere = "" if len(classes) == 1000 or not (text.isdigit() and int(text) < 1000 or text.lower() in imagenet) else (
+        elsewhere = "" if len(classes) == 1000 or not (text.isdecimal() and int(text) < 1000 or text.lower() in imagenet) else (
             "; among ImageNet's classes there is one: --weights biggan-deep-256")
         if text.lower() == "all":
             found, indices = [], indices + [*range(len(classes))]

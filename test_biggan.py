@@ -3185,6 +3185,7 @@ def test_a_folder_with_other_things_is_not_used_as_run_folder(tmp_path, monkeypa
 @pytest.mark.parametrize("arguments, sentence", [
     (["--class", "10"], "classes 0 to 9; among ImageNet's classes there is one"),
     (["--class", "-1"], "classes 0 to 9"),
+    (["--class", "²"], "no class named ²"),                             # a digit, but not a number
     (["--class", "hart"], "no class named hart; did you mean heart?"),
     (["--class", "zebra"], "no class named zebra; this model knows arrow, circle, crescent, cross, diamond, heart, "
                            "ring, square, star, triangle; among ImageNet's classes there is one: --weights biggan-deep-256"),
