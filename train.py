@@ -455,7 +455,7 @@ def pack(data, folder, resolution, workers):
     folder, size = Path(folder), len(data) * resolution**2 * 3
     described = {"resolution": resolution, "images": len(data), "classes": data.classes,
                  "labels": zlib.crc32(np.asarray(data.labels, np.int64).tobytes()),
-                 "files": zlib.crc32("\n".join("/".join(data.path(i).parts[-2:]) for i in range(len(getattr(data, "paths", [])))).encode())}
+                 "files": zlib.crc32(b"\n".join(b"/".join(path.split(b"/")[-2:]) for path in getattr(data, "paths", [])))}
     say(f"{len(data):,} images at {resolution}x{resolution}: {size / 1e9:,.2f} GB in {folder}")
     checksums = np.full(-(-len(data) // PACK_BLOCK), -1, np.int64)
     if (folder / "packed.json").exists():
