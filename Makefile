@@ -1,8 +1,7 @@
 # make look    draw 16 stars with the small model that comes along
 # make demo    train on drawn shapes and show what the generator draws (10 minutes on two CPU cores)
-# make test    the tests (5 minutes)
+# make test    the tests (4 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (1 minute)
-# make road    SN-GAN, SAGAN and the steps from there to BigGAN, trained on drawn shapes with three seeds each (80 minutes)
 # make trial   thirty kills, a collapse and a full disk (5 minutes, as root)
 # make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (7 minutes)
 # make port PORT=DIR    training speed beside the author's code (ajbrock/BigGAN-PyTorch), checked out in DIR (5 minutes)
@@ -24,9 +23,6 @@ test: .venv/ready
 check: .venv/ready
 	.venv/bin/python -m pytest -q -s -o python_functions='check_*' test_biggan.py
 
-road: .venv/ready
-	.venv/bin/python -m pytest -q -s -o python_functions='road_*' test_biggan.py
-
 trial: .venv/ready
 	.venv/bin/python -m pytest -q -s -o python_functions='trial_*' test_biggan.py
 
@@ -43,4 +39,4 @@ port: .venv/ready
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch .venv/ready
 
-.PHONY: look demo test check road trial peers port
+.PHONY: look demo test check trial peers port
