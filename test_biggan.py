@@ -1243,12 +1243,6 @@ def test_gradients_of_micro_batches_add_up():
         close(a.detach(), b.detach(), 1e-5, 1e-3)
 
 
-def test_ds_loss_falls_on_a_frozen_g():
-    t, real = trainer("--g-lr 0 --d-lr 1e-3")
-    losses = [t.train_step(real)["D_loss"] for _ in range(30)]
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
-
-
 def test_the_bound_on_singular_values_holds_in_training():
     # Fast steps let sigma_0 grow. One value is lowered per step while several grow: the bound gives a little.
     def largest(options):
@@ -2218,16 +2212,12 @@ def check_the_demos_samples_are_the_shapes_that_were_asked_for():
     """After `make demo`, 2,000 samples: recognised, and near to drawn shapes."""
     real, labels = drawn_shapes(0, 2000), np.arange(2000) % 10
     G = sample.load_generator(HERE / "runs/shapes")
-    samples = {"drawn shapes": drawn_shapes(2000, 4000)}
-    for name, network in ("samples", G), ("untrained", standing_statistics(Generator(G.config))):
-        samples[name] = sample.draw_seeds(network, labels, range(2000))
-    agreed, distance = {}, {}
-    for name, images in samples.items():
+    fake, agreed, distance = sample.draw_seeds(G, labels, range(2000)), {}, {}
+    for name, images in ("drawn shapes", drawn_shapes(2000, 4000)), ("samples", fake):
         agreed[name] = recognised(images, labels)
         distance[name] = 1000 * np.mean([*metrics.pyramid_distances(real, images).values()])
         print(f"\n{name}: {agreed[name]:.1%} recognised, SWD {distance[name]:.1f}")
-    assert agreed["drawn shapes"] > 0.99 and agreed["samples"] >= 0.99
-    assert distance["samples"] <= 32 and distance["untrained"] > 3 * distance["samples"]
+    assert agreed["drawn shapes"] > 0.99 and agreed["samples"] >= 0.99 and distance["samples"] <= 32
 
 
 # ---------------------------------------------------------------- beside others, by `make peers`
@@ -2266,7 +2256,7 @@ def peer_the_published_package_draws_the_same_images(tmp_path, resolution):
         z = G.noise((1, 128))
         theirs = package(z, F.one_hot(y, 1000).float(), truncation)
         difference = (G(z, y) - theirs).abs().max()
-        print(f"\n{resolution}, truncation {truncation}: {difference:.1e}, deviation {theirs.std():.2f}")
+        print(f"\n{resolution}, truncation {truncation}: {difference:.1e}")
         assert theirs.std() > 0.05 and difference < 1e-4
 
 
@@ -2317,20 +2307,6 @@ def peer_pytorch_fid_sees_the_same_features():
     here, there = np.median([[train.seconds_of(network, CPU) for network in work] for _ in range(6)][2:], 0)
     print(f"{there / here:.2f} times as fast")
     assert there > here
-
-
-def peer_the_frechet_distance_equals_scipys_and_is_faster():
-    from scipy.linalg import sqrtm
-    points = np.random.default_rng(0).normal(size=(2, 5000, 2048))**2
-    (m, n), (a, b), times = points.mean(1), [np.cov(x.T) for x in points], [time.perf_counter()]
-    ours = metrics.frechet_distance(m, a, n, b)
-    times.append(time.perf_counter())
-    theirs = ((m - n)**2).sum() + np.trace(a + b - 2 * sqrtm(a @ b)).real
-    times.append(time.perf_counter())
-    here, scipy = np.diff(times)
-    print(f"\nFrechet distance {ours:.6f}, scipy's {theirs:.6f}, {scipy / here:.1f} times as fast")
-    close(ours, theirs)
-    assert scipy / here > 5
 
 
 # ---------------------------------------------------------------- beside the author's code, by `make port`

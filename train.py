@@ -252,7 +252,7 @@ class ImageFolder:
                             "images per class, or images of one class: are they one level down, or up?")
         self.classes, self.broken = [d.name for d in folders], set()
         # An array, not a list, which workers would copy: reading an object changes its reference count.
-        self.paths = np.array(sum(files, []), dtype=bytes)
+        self.paths = np.array(list(itertools.chain(*files)), dtype=bytes)
         self.labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in files])
         self.resolution = resolution or 2**int(math.log2(min(Image.open(self.paths[0]).size)))
 
