@@ -607,7 +607,7 @@ class Trainer:
         self.D.eval()
         with self.autocast(self.half):
             logits = [self.D(to_network(x, self.device).to(self.dtype), y.to(self.device))
-                      for x, y in zip(images.split(64), labels.split(64))]
+                      for x, y in zip(images.split(16), labels.split(16))]
         self.D.train()
         return (torch.cat(logits) > self.threshold).float().mean().item()
 
@@ -617,9 +617,10 @@ class Trainer:
         z = truncated_normal((len(labels), self.config.z_dim), generator=generator_for(self.s.seed))
         self.G.eval()
         with self.autocast(self.half):
-            fake = self.G(z.to(self.device, self.dtype), labels.to(self.device)).cpu()
+            fake = [self.G(part_z.to(self.device, self.dtype), y.to(self.device)).cpu()
+                    for part_z, y in zip(z.split(16), labels.split(16))]
         self.G.train()
-        return spread_within(fake, labels) / max(1e-6, spread_within(to_network(real, "cpu"), labels))
+        return spread_within(torch.cat(fake), labels) / max(1e-6, spread_within(to_network(real, "cpu"), labels))
 
 
 # ---------------------------------------------------------------- signs of collapse
