@@ -2231,8 +2231,8 @@ def median_seconds(work, rounds, device=CPU):
 
 def in_own_process(call):
     """The number that a function of this file prints in a process of its own, as its users would run it."""
-    output, _ = finish(run_command("-c", f"import {__name__} as tests; tests.{call}", cwd=HERE))
-    return float(output.split()[-1])
+    command = [sys.executable, "-c", f"import {__name__} as tests; tests.{call}"]
+    return float(subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def published_package(resolution):
