@@ -620,7 +620,8 @@ class Trainer:
             fake = [self.G(part_z.to(self.device, self.dtype), y.to(self.device)).cpu()
                     for part_z, y in zip(z.split(16), labels.split(16))]
         self.G.train()
-        return spread_within(torch.cat(fake), labels) / max(1e-6, spread_within(to_network(real, "cpu"), labels))
+        real = to_network(real, "cpu")
+        return spread_within(torch.cat(fake), labels) / max(1e-6, spread_within(real, labels))
 
 
 # ---------------------------------------------------------------- signs of collapse
