@@ -1615,7 +1615,8 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch,
 # ---------------------------------------------------------------- long trials, by `make trial`
 
 def trial_thirty_kills(tmp_path):
-    killed, reached = kill_again_and_again(tmp_path, 30, "--steps 600 --save-every 3 --sample-every 600 --log-every 60")
+    options = "--steps 600 --save-every 3 --sample-every 600 --log-every 60"
+    killed, reached = kill_again_and_again(tmp_path, 30, options)
     assert killed == 30 and reached >= 30
 
 
