@@ -709,11 +709,9 @@ def orthogonal_regularisation(G):
 
 @torch.no_grad()
 def singular_values(W, k=3):
-    """The k largest singular values of W (out, ...), descending; NaN where W is not finite."""
+    """The k largest singular values of W (out, ...), descending."""
     W = W.flatten(1)
     gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W  # the smaller; its eigenvalues: squares
-    if not gram.isfinite().all():
-        return gram.new_full((min(k, len(gram)),), math.nan)
     return torch.linalg.eigvalsh(gram).flip(0)[:k].clamp(min=0).sqrt()
 
 

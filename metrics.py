@@ -8,7 +8,7 @@
     torchrun --nproc_per_node=8 -- metrics.py ...                           the same numbers, sooner
 
 FID, KID, precision and recall compare the features of the Inception network, and IS its class probabilities.
-Its weights, 91 MB, are fetched once into ~/.cache/biggan. Sliced Wasserstein (SWD) compares small patches and
+Its weights, 91 MB, are fetched once into ~/.cache/torch. Sliced Wasserstein (SWD) compares small patches and
 needs no network. Scores are comparable where network, number of images and real images are the same.
 
 Reading order: distances between distributions; the Laplacian pyramid; Inception; features of a set of images;
@@ -26,7 +26,7 @@ from torch import nn
 
 from biggan import processes, rank
 from sample import (CACHE, UserError, check_output, draw_seeds, fetch, gather_rows, keep_freed_memory,
-                    make_parser, pick_device, prepare, progress, read_generator, read_tensors, run,
+                    pick_device, prepare, progress, read_generator, read_options, read_tensors, run,
                     save_atomically, say, start_processes, stop_processes)
 from train import open_data
 
@@ -143,12 +143,9 @@ def laplacian_pyramid(x):
 
 def patches(x, generator, per_image=128, side=7):
     """(N, C, R, R) -> (N * per_image, C * side * side): square patches at random places."""
-    N, C, R, _ = x.shape
-    corner = torch.randint(R - side + 1, (2, N, per_image), generator=generator)
-    rows = corner[0][..., None, None] + torch.arange(side)[:, None]     # (N, per_image, side, 1)
-    columns = corner[1][..., None, None] + torch.arange(side)           # (N, per_image, 1, side)
-    image = torch.arange(N)[:, None, None, None]
-    return x[image, :, rows, columns].flatten(0, 1).flatten(1)
+    windows = x.unfold(2, side, 1).unfold(3, side, 1)       # (N, C, R - 6, R - 6, 7, 7), a view of x
+    row, column = torch.randint(windows.shape[2], (2, len(x), per_image), generator=generator)
+    return windows[torch.arange(len(x))[:, None], :, row, column].flatten(0, 1).flatten(1)
 
 
 def pyramid_distances(real, fake):
@@ -340,81 +337,84 @@ def compare(real, fake):
 
 # ---------------------------------------------------------------- the command
 
+@dataclass
+class Options:
+    weights: list[str] = None       # as for sample.py, one or several
+    fake: str = None                # score the images in this folder or FILE.npz instead
+    data: str = None                # real images: a folder, packed, shapes, FILE.npz of images or statistics
+    real: str = None                # the same as --data
+    n: int = 10_000                 # samples; compare only scores of equal n
+    trunc: list[float] = None       # truncations, see sample.py
+    seed: int = 0                   # which set of n noise vectors
+    inception: str = None           # Inception's weights, fetched unless given; or none
+    save_stats: str = None          # FILE.npz: keep the statistics of --data, to be used as --data
+    out: str = "metrics.json"       # FILE.json
+
+
 def parse(arguments):
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--weights", nargs="+", default=[None], metavar="W", help="as for sample.py, one or several")
-    add("--fake", metavar="DIR", help="score the images in this folder or FILE.npz instead")
-    add("--data", "--real", metavar="DIR", required=True, help="real images: a folder, packed or "
-        "not, shapes, FILE.npz of images or of their statistics mu and sigma")
-    add("--n", type=int, default=10_000, help="samples; compare only scores of equal n (default: 10,000)")
-    add("--trunc", type=float, nargs="+", default=[None], metavar="T", help="truncations, see sample.py")
-    add("--seed", type=int, default=0, help="which set of n noise vectors (default: 0)")
-    add("--inception", metavar="FILE", help="Inception's weights (default: fetched once), or none")
-    add("--save-stats", metavar="FILE.npz", help="keep the statistics of --data, to be used as --data")
-    add("--out", default="metrics.json", metavar="FILE.json", help="(default: metrics.json)")
-    args = parser.parse_args(arguments)
-    if args.n < 8 or args.seed < 0:
-        parser.error("--n must be at least 8 and --seed at least 0")
-    check_output(args.out, ".json")
-    if args.save_stats:
-        check_output(args.save_stats, ".npz")
-    if args.save_stats and args.inception == "none":
-        parser.error("--save-stats keeps what Inception needs: leave out --inception none")
-    return args
+    o = Options(**read_options(Options, arguments, __doc__))
+    o.data = o.data or o.real
+    if o.n < 8 or o.seed < 0 or not o.data:
+        raise UserError("name real images by --data; --n must be at least 8 and --seed at least 0")
+    check_output(o.out, ".json")
+    if o.save_stats:
+        check_output(o.save_stats, ".npz")
+    if o.save_stats and o.inception == "none":
+        raise UserError("--save-stats keeps what Inception needs: leave out --inception none")
+    return o
 
 
-def real_features(args, resolution, inception):
+def real_features(o, resolution, inception):
     """Of --data, or the statistics that --save-stats or another program wrote."""
-    stored = np.load(args.data) if args.data.endswith(".npz") else {}
+    stored = np.load(o.data) if o.data.endswith(".npz") else {}
     if "mu" in stored:
         return Features(0, stored["mu"], stored["sigma"])
-    data = open_data(args.data, resolution, held_out=True)
-    real = features_of_data(data, args.n if args.data == "shapes" else None, inception)
-    if args.save_stats and rank() == 0:
-        save_atomically(args.save_stats, lambda f: np.savez(f, mu=real.mu, sigma=real.cov))
+    data = open_data(o.data, resolution, held_out=True)
+    real = features_of_data(data, o.n if o.data == "shapes" else None, inception)
+    if o.save_stats and rank() == 0:
+        save_atomically(o.save_stats, lambda f: np.savez(f, mu=real.mu, sigma=real.cov))
     return real
 
 
-def sets_to_score(args, inception):
+def sets_to_score(o, inception):
     """Yields (name, truncation, resolution, features) of each set of weights and truncation, or of --fake."""
-    if args.fake:
-        data = open_data(args.fake)
-        yield args.fake, None, data.resolution, features_of_data(data, None, inception)
-    for weights in [] if args.fake else args.weights:
+    if o.fake:
+        data = open_data(o.fake)
+        yield o.fake, None, data.resolution, features_of_data(data, None, inception)
+    for weights in [] if o.fake else o.weights or [None]:
         G = read_generator(weights)
-        for truncation in args.trunc:
-            samples = features_of_samples(prepare(G, truncation), args.n, args.seed, inception)
+        for truncation in o.trunc or [None]:
+            samples = features_of_samples(prepare(G, truncation), o.n, o.seed, inception)
             yield weights or "the newest run", truncation, G.config.resolution, samples
 
 
 def main(arguments):
-    args = parse(arguments)
+    o = parse(arguments)
     device, inception, real, results = pick_device(), None, None, []
     keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False         # scores are compared in their last digits
-    if args.inception != "none":
-        path = args.inception or fetch(INCEPTION, CACHE / INCEPTION.rpartition("/")[2], "6726825d")
+    if o.inception != "none":
+        path = o.inception or fetch(INCEPTION, CACHE / INCEPTION.rpartition("/")[2], "6726825d")
         inception = Inception(path).to(device)
     start_processes()
-    for name, truncation, resolution, fake in sets_to_score(args, inception):
-        real = real or real_features(args, resolution, inception)
+    for name, truncation, resolution, fake in sets_to_score(o, inception):
+        real = real or real_features(o, resolution, inception)
         if rank() == 0:
             if results and results[0]["resolution"] != resolution:
                 raise UserError("score weights of different resolutions one by one")
             scores = compare(real, fake)
             if not scores:
                 raise UserError("statistics need Inception: leave out --inception none")
-            results.append({"images": name, "truncation": truncation, "n": fake.n, "seed": args.seed,
-                            "data": args.data, "n_real": real.n, "resolution": resolution,
-                            "inception": args.inception or INCEPTION, **scores})
+            results.append({"images": name, "truncation": truncation, "n": fake.n, "seed": o.seed,
+                            "data": o.data, "n_real": real.n, "resolution": resolution,
+                            "inception": o.inception or INCEPTION, **scores})
             numbers = [f"{score} {value:.4g}" for score, value in scores.items() if isinstance(value, float)]
             say(f"{name}, truncation {truncation}, n {fake.n:,}: {'  '.join(numbers)}")
-            save_atomically(args.out, lambda f: f.write(json.dumps(results, indent=1).encode()))
+            save_atomically(o.out, lambda f: f.write(json.dumps(results, indent=1).encode()))
     if len(results) > 1:
         best = min(results, key=lambda result: result["FID" if inception else "SWD"])
         say(f"best: {best['images']}, truncation {best['truncation']}")
-    say("written:", args.out)
+    say("written:", o.out)
     stop_processes()
 
 

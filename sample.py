@@ -23,6 +23,7 @@ drawing; classes; sheets; the command. In a hurry: `from_deep`, `prepare`, `draw
 import argparse
 import ctypes
 import dataclasses
+import inspect
 import math
 import multiprocessing
 import os
@@ -38,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.distributed.rendezvous import rendezvous
 
 from biggan import (MODELS, Discriminator, Generator, ModelConfig, fold_spectral_norm, processes, rank,
@@ -91,6 +92,24 @@ def progress(items, total, what):
             said = now
             say(f"{what}: {done / total:.0%}, {(now - started) * (total / done - 1) / 60:.1f} minutes left")
         yield item
+
+
+def read_options(table, arguments, description, choices={}):
+    """Command line -> {name: value} of the options typed.
+
+    table: a dataclass whose fields are the options; the comments behind them are what --help says."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [options], see --help", description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)", inspect.getsource(table), re.M))
+    special = {bool: {"action": "store_true"}, list[str]: {"nargs": "+", "metavar": "X"},
+               list[float]: {"nargs": "+", "metavar": "X", "type": float}}
+    for f in dataclasses.fields(table):
+        kind = special.get(f.type) or {"type": f.type, "choices": choices.get(f.name)}
+        default = f" (default: {f.default})" if f.default else ""
+        parser.add_argument("--" + f.name.strip("_").replace("_", "-"), dest=f.name, **kind,
+                            help=comments[f.name] + default)
+    return vars(parser.parse_args(arguments))
 
 
 def check_output(path, suffix):
@@ -162,7 +181,7 @@ def keep_freed_memory():
 # ---------------------------------------------------------------- weights and their origins
 
 HERE = Path(__file__).resolve().parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "biggan")
+CACHE = Path(torch.hub.get_dir(), "biggan")          # in ~/.cache/torch
 
 DEEP = "https://s3.amazonaws.com/models.huggingface.co/biggan/{}-pytorch_model.bin"
 BY_NAME = {name: DEEP.format(name) for name in MODELS if "deep" in name}
@@ -436,8 +455,6 @@ def image_grid(images, columns):
 
 def write_npz(G, classes, n, seed, out):
     """n images, the classes in turn, as arr_0 (n, R, R, 3) uint8 and arr_1 (n,). All processes draw."""
-    if n < processes():
-        raise UserError(f"{processes()} processes cannot share {n} images")
     labels, own = np.resize(classes, n), np.arange(rank(), n, processes())
     blocks, drawn = np.array_split(own, -(-len(own) // 64)), []
     for rows in progress(blocks, len(blocks), "drawing"):
@@ -521,73 +538,72 @@ def interpolation_rows(G, classes, n, seed):
 
 def labelled(labels, grid):
     """A grid with a label in front of each row."""
-    left, step = 8 + 6 * max(map(len, labels)), grid.height / len(labels)
-    sheet = Image.new("RGB", (left + grid.width, grid.height), "white")
-    sheet.paste(grid, (left, 0))
+    sheet = ImageOps.expand(grid, (8 + 6 * max(map(len, labels)), 0, 0, 0), "white")
     for k, label in enumerate(labels):
-        ImageDraw.Draw(sheet).text((4, (k + 0.5) * step), label, "black", anchor="lm")
+        middle = (k + 0.5) * grid.height / len(labels)
+        ImageDraw.Draw(sheet).text((4, middle), label, "black", anchor="lm")
     return sheet
 
 
 # ---------------------------------------------------------------- the command
 
-def make_parser(description):
-    """argparse with one line of usage, and without abbreviations: a typo must not set another option."""
-    return argparse.ArgumentParser(usage="%(prog)s [options], see --help", description=description,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+@dataclass
+class Options:
+    weights: str = None             # what to draw with; unless given the newest run, or biggan-deep-256
+    class_: list[str] = None        # classes: numbers, names, ImageNet words, all
+    trunc: float = None             # truncation, such as 0.5
+    n: int = 8                      # images per class
+    seed: int = 0                   # seed of the first image
+    sheet: str = None               # a picture with labels
+    npz: int = None                 # not a picture: so many images, the classes in turn
+    export: bool = False            # not a picture: the generator alone, as a small file
+    out: str = None                 # sample.png, sample.npz or generator.pt unless given
 
 
 def parse(arguments):
-    parser = make_parser(__doc__)
-    add, instead = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    add("--weights", help="what to draw with (default: the newest run in runs/, else biggan-deep-256)")
-    add("--class", dest="classes", nargs="+", metavar="C", help="numbers, names, ImageNet words, all")
-    add("--trunc", type=float, metavar="T", help="truncation, such as 0.5")
-    add("--n", type=int, default=8, help="images per class (default: 8)")
-    add("--seed", type=int, default=0, help="seed of the first image (default: 0)")
-    instead("--sheet", choices=["classes", "truncation", "interpolation"], help="a picture with labels")
-    instead("--npz", type=int, metavar="N", help="not a picture: N images, the classes in turn")
-    instead("--export", action="store_true", help="not a picture: the generator alone, as a small file")
-    add("--out", metavar="FILE", help="(default: sample.png, sample.npz or generator.pt)")
-    args = parser.parse_args(arguments)
-    if args.n < 1 or args.seed < 0 or args.npz is not None and args.npz < 1:
-        parser.error("--n and --npz must be at least 1, --seed at least 0")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not args.npz:
-        parser.error("several processes can only share --npz")
-    usual = "sample.npz" if args.npz else "generator.pt" if args.export else "sample.png"
-    args.out = check_output(args.out or usual, Path(usual).suffix)
-    return args
+    sheets = {"sheet": ["classes", "truncation", "interpolation"]}
+    o = Options(**read_options(Options, arguments, __doc__, sheets))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if o.seed < 0 or min(o.n, 1 if o.npz is None else o.npz) < 1:
+        raise UserError("--n and --npz must be at least 1, --seed at least 0")
+    if bool(o.sheet) + bool(o.npz) + o.export > 1:
+        raise UserError("give one of --sheet, --npz and --export")
+    if world > (o.npz or 1):
+        raise UserError(f"{world} processes share --npz, of at least {world} images, and nothing else")
+    usual = "sample.npz" if o.npz else "generator.pt" if o.export else "sample.png"
+    o.out = check_output(o.out or usual, Path(usual).suffix)
+    return o
 
 
-def picture(G, classes, args):
+def picture(G, classes, o):
     """What --sheet asks for, or plain rows of images; one class alone makes about a square."""
-    if args.sheet == "interpolation":
-        rows = interpolation_rows(prepare(G, args.trunc), classes, args.n, args.seed)
+    if o.sheet == "interpolation":
+        rows = interpolation_rows(prepare(G, o.trunc), classes, o.n, o.seed)
     else:
-        truncations = [args.trunc]
-        if args.sheet == "truncation":
+        truncations = [o.trunc]
+        if o.sheet == "truncation":
             truncations = [1, 0.8, 0.6, 0.4, 0.04] if G.scaled else [2, 1.5, 1, 0.5, 0.04]
-        rows = seed_rows(G, classes, args.n, args.seed, truncations)
+        rows = seed_rows(G, classes, o.n, o.seed, truncations)
     labels, images = zip(*rows)
-    columns = args.n if args.sheet or len(rows) > 1 else math.ceil(math.sqrt(args.n))
+    columns = o.n if o.sheet or len(rows) > 1 else math.ceil(math.sqrt(o.n))
     grid = image_grid(np.concatenate(images), columns)
-    return labelled(labels, grid) if args.sheet else grid
+    return labelled(labels, grid) if o.sheet else grid
 
 
 def main(arguments):
-    args = parse(arguments)
-    if args.export:
-        export(args.weights, args.out)
+    o = parse(arguments)
+    if o.export:
+        export(o.weights, o.out)
     else:
-        G = read_generator(args.weights)
-        classes = class_indices(args.classes or ["all"], G.classes)
+        G = read_generator(o.weights)
+        classes = class_indices(o.class_ or ["all"], G.classes)
         start_processes()
-        if args.npz:
-            write_npz(prepare(G, args.trunc), classes, args.npz, args.seed, args.out)
+        if o.npz:
+            write_npz(prepare(G, o.trunc), classes, o.npz, o.seed, o.out)
         else:
-            sheet = picture(G, classes if args.classes else classes[::max(1, len(classes) // 10)][:10], args)
-            save_atomically(args.out, lambda f: sheet.save(f, "PNG"))
-    say("written:", args.out)
+            sheet = picture(G, classes if o.class_ else classes[::max(1, len(classes) // 10)][:10], o)
+            save_atomically(o.out, lambda f: sheet.save(f, "PNG"))
+    say("written:", o.out)
     stop_processes()
 
 

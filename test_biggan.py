@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()       # before sample.py looks; leaves the user's alone
+os.environ["TORCH_HOME"] = tempfile.mkdtemp()           # before sample.py looks; leaves the user's alone
 
 import biggan
 import metrics
@@ -684,7 +684,7 @@ def test_the_pulls_gradient_is_twice_the_excess_times_u_v(goal, excess):
 
 def test_weights_that_are_not_finite_have_no_singular_values():
     W = torch.tensor([[math.nan, 1], [2, 3]])
-    assert singular_values(W).isnan().all() and sigma_excess(W, ratio=2.0)[0].isnan()
+    assert sigma_excess(W, ratio=2.0)[0].isnan()
 
 
 # ---------------------------------------------------------------- truncation, EMA, standing statistics
@@ -875,6 +875,9 @@ def test_patches_are_cut_from_the_image():
     patches = metrics.patches(torch.arange(200).reshape(2, 1, 10, 10), torch.Generator(), per_image=3, side=2)
     assert (patches - patches[:, :1]).tolist() == [[0, 1, 10, 11]] * 6
     assert (patches[:, 0] // 100).tolist() == [0, 0, 0, 1, 1, 1]
+    colours = torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    patch, = metrics.patches(colours, torch.Generator(), per_image=1, side=2)
+    assert patch.tolist() == [1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3]       # channel after channel
 
 
 def drawn_shapes(first, end):
@@ -1099,24 +1102,24 @@ def test_shapes_lie_inside_the_picture_are_reproducible_and_others_than_the_held
 
 def test_every_epoch_shows_each_image_once_and_may_be_entered_anywhere():
     def first(position, batches, batch=4):
-        order = train.in_order(10, batch, position, seed=1, flip=0.5, rows=range(batch))
+        order = train.in_order(10, batch, position, seed=1, rows=range(batch))
         return [item for _ in range(batches) for item in next(order)]
     items = first(0, 10)
     epochs = [items[k:k + 10] for k in range(0, 40, 10)]
-    assert all(sorted(i for i, mirrored in epoch) == [*range(10)] for epoch in epochs)
-    assert epochs[0] != epochs[1] and 8 < sum(mirrored for i, mirrored in items) < 32
+    assert all(sorted(epoch) == [*range(10)] for epoch in epochs) and epochs[0] != epochs[1]
     assert first(12, 2) == items[12:20] and first(0, 5, batch=8) == items
 
 
 def test_batches_are_the_images_in_order_from_any_step_on():
     t, _ = trainer("--flip 0.5 --d-steps 2")
-    data = train.Shapes(32)
-    x, y = next(train.batches(data, t.s, 3, t.device))
-    items = next(train.in_order(len(data), 8, 3 * 2 * 8, 0, 0.5, range(8)))
-    for image, label, (i, mirrored) in zip(x, y, items, strict=True):
-        expected = torch.tensor(data[i][0] / 127.5 - 1).permute(2, 0, 1)
-        close(image, expected.flip(2) if mirrored else expected)
-        assert label == data[i][1]
+    data, mirrored = train.Shapes(32), []
+    order = train.in_order(len(data), 8, 3 * 2 * 8, 0, range(8))
+    for (x, y), indices, _ in zip(train.batches(data, t.s, 3, t.device), order, range(4)):
+        for image, label, i in zip(x, y, indices, strict=True):
+            expected = torch.tensor(data[i][0]).permute(2, 0, 1).float() / 127.5 - 1
+            mirrored.append(torch.equal(image, expected.flip(2)))
+            assert label == data[i][1] and (mirrored[-1] or torch.equal(image, expected))
+    assert 8 < sum(mirrored) < 24 and mirrored[:8] != mirrored[8:16]
 
 
 # ---------------------------------------------------------------- the training step
@@ -1227,7 +1230,7 @@ def test_an_overflow_in_float16_skips_the_update_and_halves_the_scale_of_the_los
     t.scaler_D._init_scale = 2.0**60
     before = copy.deepcopy(dict(t.D.named_parameters()))
     logged = t.train_step(real)
-    assert logged["D_skipped"] == 1 and logged["D_grad"] == 0 and t.scaler_D.get_scale() == 2.0**59
+    assert logged["D_grad"] == 0 and t.scaler_D.get_scale() == 2.0**59
     same(before, dict(t.D.named_parameters()))
 
 
@@ -2190,7 +2193,7 @@ def test_each_set_of_weights_and_truncation_has_its_line_and_the_best_is_named(t
     (sample, "--n 0", "--n and --npz must be at least 1"),
     (sample, "--out nowhere/a.png", "nowhere/a.png must"),
     (sample, "--npz 5 --out a.png", "must end in .npz"),
-    (sample, "--npz 5 --sheet classes", "not allowed with"),
+    (sample, "--npz 5 --sheet classes", "give one of --sheet, --npz"),
     (sample, "--sheet interpolation --class star", "two classes"),
     (sample, "--weights nothing.pt", "nothing.pt"),
     (metrics, "--inception none", "--data"),

@@ -19,12 +19,10 @@ Reading order: settings; data; the training step (in a hurry: `step_D`, `step_G`
 collapse; a run and its folder; the loop; how fast it is.
 """
 
-import argparse
 import cmath
 import copy
 import dataclasses
 import fcntl
-import inspect
 import itertools
 import json
 import math
@@ -53,7 +51,7 @@ from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, 
                     fold_spectral_norm, gradient_penalty, matrix_layers, orthogonal_regularisation, processes,
                     r1_penalty, rank, sigma_pull, singular_values, standing_statistics, truncated_normal)
 from sample import (LOCAL_RANK, UserError, checkpoints_of, draw_seeds, fetch, image_grid, keep_freed_memory,
-                    make_parser, newest_checkpoint, pick_device, progress, read_weights, run,
+                    newest_checkpoint, pick_device, progress, read_options, read_weights, run,
                     save_atomically, say, start_processes, stop_processes, wait_for, warn)
 
 
@@ -144,22 +142,16 @@ FREE_TO_CHANGE = {"data", "out", "held_out", "steps", "workers", "log_every", "s
 def parse_settings(arguments):
     """Command line -> Settings: the defaults, then the preset, then what was typed. Raises UserError."""
     presets = "\n".join(f"  {name:<18}{options}" for name, options in PRESETS.items())
-    parser = make_parser(f"{__doc__}\nPresets, as the options they stand for:\n{presets}")
-    comments = dict(re.findall(r"^    (\w+): .*# (.*)", inspect.getsource(Settings), re.M))
-    for f in dataclasses.fields(Settings):
-        kind = {"type": f.type, "choices": CHOICES.get(f.name)}
-        if f.type is bool:
-            kind = {"action": "store_true"}
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
-                            help=f"{comments[f.name]} (default: {f.default})")
-    typed = parser.parse_args(arguments)
-    preset = PRESETS[getattr(typed, "preset", Settings.preset)]
-    s = Settings(**vars(parser.parse_args(preset.split() + arguments)))
+    description = f"{__doc__}\nPresets, as the options they stand for:\n{presets}"
+    read = partial(read_options, Settings, description=description, choices=CHOICES)
+    typed = read(arguments)
+    preset = PRESETS[typed.get("preset", Settings.preset)].split()
+    s = Settings(**read(preset + arguments))
     s.out = s.out or f"runs/{s.preset}"
     if "data" in typed:                             # the preset's held-out images belong to its data
-        s.held_out = getattr(typed, "held_out", None)
+        s.held_out = typed.get("held_out")
     if s.init:
-        s.ema_start = getattr(typed, "ema_start", 0)  # there are no random first weights to forget
+        s.ema_start = typed.get("ema_start", 0)     # there are no random first weights to forget
     else:
         s.ch = s.ch or MODELS[s.model].ch
         s.shared_dim = MODELS[s.model].shared_dim if s.shared_dim is None else s.shared_dim
@@ -316,13 +308,12 @@ def pack(data, folder, workers=0):
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "packed.json").exists():
         raise UserError(f"{folder} is a packed folder already; delete it or choose another")
-    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (len(data), R, R, 3))
-    with open(folder / "images.npy", "r+b") as f:   # now: a full disk under a memory map kills without a word
-        os.posix_fallocate(f.fileno(), 0, os.path.getsize(f.name))
     loader = torch.utils.data.DataLoader(data, batch_size=64, num_workers=workers)
-    for k, (batch, _) in enumerate(progress(loader, len(loader), "packing")):
-        images[64 * k:64 * k + 64] = batch
-    images.flush()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(data), R, R, 3)}
+    with open(folder / "images.npy", "wb") as f:
+        np.lib.format.write_array_header_1_0(f, header)
+        for images, _ in progress(loader, len(loader), "packing"):
+            f.write(images.numpy())
     described = json.dumps({"labels": data.labels.tolist(), "classes": data.classes})
     save_atomically(folder / "packed.json", lambda f: f.write(described.encode()))
 
@@ -338,7 +329,7 @@ def fetch_cifar10(folder, url=CIFAR10, sha256=CIFAR10_SHA256):
         classes = read("batches.meta.txt").decode().split()
         training = [f"data_batch_{k}.bin" for k in range(1, 6)]
         for name, files in ("cifar10-test", ["test_batch.bin"]), ("cifar10", training):
-            records = np.frombuffer(b"".join(map(read, files)), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+            records = np.frombuffer(bytearray().join(map(read, files)), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
             images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)    # after the label
             if not (folder / name / "packed.json").exists():
                 pack(Arrays(images, records[:, 0], classes), folder / name)
@@ -360,7 +351,7 @@ def open_data(source, resolution=None, held_out=False):
             data = Arrays(*np.load(path).values())
         elif (path / "packed.json").exists():
             described = json.loads((path / "packed.json").read_text())
-            data = Arrays(np.load(path / "images.npy", mmap_mode="r"), **described)
+            data = Arrays(np.load(path / "images.npy", mmap_mode="c"), **described)
         else:
             data = ImageFolder(path, resolution)
     except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
@@ -378,9 +369,15 @@ def some_images(data, seed, n, classes):
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
 
+def to_device(tensor, device):
+    """A copy on the device. From pinned memory: else the CPU would wait for the GPU."""
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
+
+
 def to_network(images, device):
     """(N, R, R, 3) uint8 -> (N, 3, R, R) in [-1, 1], channels last in memory."""
-    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_device(images, device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def generator_for(*numbers):
@@ -389,22 +386,21 @@ def generator_for(*numbers):
     return torch.Generator().manual_seed(int(state))
 
 
-def in_order(length, batch, position, seed, flip, rows):
-    """Which real image comes when: epoch after epoch, each in its own order. Lists of (index, mirror).
+def in_order(length, batch, position, seed, rows):
+    """Which real image comes when: epoch after epoch, each in its own order. Lists of indices.
 
     A position in this endless sequence says everything, so a run continues with the image that would have
     come next. Of every batch this process gets the given rows only."""
     drawn = None                                    # the epoch whose order is at hand
     for start in range(position, sys.maxsize, batch):
-        items = []
+        indices = []
         for row in rows:
             epoch, k = divmod(start + row, length)
             if epoch != drawn:
-                drawn, generator = epoch, generator_for(seed, epoch)
-                permutation = torch.randperm(length, generator=generator).numpy()
-                mirror = torch.rand(length, generator=generator).numpy() < flip
-            items.append((int(permutation[k]), bool(mirror[k])))
-        yield items
+                drawn = epoch
+                permutation = torch.randperm(length, generator=generator_for(seed, epoch))
+            indices.append(permutation[k].item())
+        yield indices
 
 
 def own_rows(s):
@@ -413,26 +409,18 @@ def own_rows(s):
     return [row for row in range(s.batch) if row // part % processes() == rank()]
 
 
-class Mirrored:
-    """A data set addressed by (index, mirror)."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __getitem__(self, item):
-        image, label = self.data[item[0]]
-        return torch.from_numpy(image[:, ::-1 if item[1] else 1].copy()), label
-
-
 def batches(data, s, step, device):
     """This process's part of the real batches from `step` on, endless: images (N, 3, R, R), labels (N,)."""
-    cuda = device.type == "cuda"
-    order = in_order(len(data), s.batch, step * s.d_steps * s.batch, s.seed, s.flip, own_rows(s))
+    cuda, rows, first = device.type == "cuda", own_rows(s), step * s.d_steps
+    order = in_order(len(data), s.batch, first * s.batch, s.seed, rows)
     workers = s.workers if s.workers is not None else 8 * cuda
-    loader = torch.utils.data.DataLoader(Mirrored(data), batch_sampler=order, num_workers=workers,
-                                         pin_memory=cuda, worker_init_fn=ignore_signals)
-    for x, y in loader:
-        yield to_network(x, device), y.to(device, non_blocking=True)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers, pin_memory=cuda,
+                                         worker_init_fn=ignore_signals)
+    for number, (x, y) in enumerate(loader, start=first):
+        x, generator = to_network(x, device), generator_for(s.seed, number, 0, 1)   # noise has 3 numbers
+        mirrored = torch.rand(s.batch, generator=generator)[rows] < s.flip
+        x = torch.where(to_device(mirrored, device).view(-1, 1, 1, 1), x.flip(3), x)
+        yield x, to_device(y, device)
 
 
 STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -492,10 +480,8 @@ class Trainer:
         z = truncated_normal((self.s.batch, self.config.z_dim), generator=generator).to(self.dtype)
         y = torch.randint(self.config.n_classes, (self.s.batch,), generator=generator)
         mix = torch.rand(self.s.batch, generator=generator).to(self.dtype)
-        own = [drawn[self.rows] for drawn in (z, y, mix)]
-        if self.device.type == "cuda":              # pinned, or the CPU would wait for the GPU
-            own = [drawn.pin_memory() for drawn in own]
-        return zip(*(drawn.to(self.device, non_blocking=True).split(self.micro) for drawn in own))
+        own = [to_device(drawn[self.rows], self.device) for drawn in (z, y, mix)]
+        return zip(*(drawn.split(self.micro) for drawn in own))
 
     def autocast(self, half):
         return torch.autocast(self.device.type, half, enabled=half is not None)
@@ -566,13 +552,12 @@ class Trainer:
         self.ema.update(self.G, self.step)
 
     def update(self, network, logged, share):
-        """One step of a network's optimiser. Logs the gradient's norm, and the updates that float16 skips."""
+        """One step of a network's optimiser. Logs the gradient's norm."""
         optimiser, scaler = getattr(self, f"opt_{network}"), getattr(self, f"scaler_{network}")
         scaler.unscale_(optimiser)
         grads = [p.grad for p in getattr(self, network).parameters() if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(grads)).norm()
-        if scaler.is_enabled():
-            logged[f"{network}_skipped"] += (~norm.isfinite()).float() * share
+        if scaler.is_enabled():                     # float16's overflows are skipped: no norm
             norm = torch.where(norm.isfinite(), norm, 0)
         logged[f"{network}_grad"] += norm * share
         scaler.step(optimiser)
@@ -620,7 +605,7 @@ class Trainer:
             fake = [self.G(part_z.to(self.device, self.dtype), y.to(self.device)).cpu()
                     for part_z, y in zip(z.split(16), labels.split(16))]
         self.G.train()
-        real = to_network(real, "cpu")
+        real = to_network(real, torch.device("cpu"))
         return spread_within(torch.cat(fake), labels) / max(1e-6, spread_within(real, labels))
 
 
