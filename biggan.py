@@ -703,6 +703,51 @@ def orthogonal_regularisation(G):
     return sum(orthogonal_penalty(m.weight) for m in matrix_layers(G).values())
 
 
+# ---------------------------------------------------------------- augmentation for few images
+# With few images D memorises them, and G learns nothing more. Differentiable augmentation (Zhao et al. 2020,
+# "DiffAugment") changes real *and* generated images at random before D sees any, in D's turn and in G's, so
+# that D cannot memorise, and G does not learn to draw the changes: a shifted image is as likely among the
+# real ones. G's gradient passes through. All images here are (N, 3, R, R) in [-1, 1]; r are random numbers in
+# [0, 1), three per image and change.
+
+def colour(x, r):
+    """Brightness + [-0.5, 0.5], saturation * [0, 2] around each pixel's grey, contrast * [0.5, 1.5] around
+    the image's mean. r (N, 3)."""
+    brightness, saturation, contrast = r.T.reshape(3, -1, 1, 1, 1)
+    x = x + brightness - 0.5
+    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * saturation)
+    return torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast + 0.5)
+
+
+def translate(x, r):
+    """Shift by up to an eighth of the side up or down, left or right; zeros (grey) come in. r (N, 3)."""
+    most, line = (x.shape[-1] + 4) // 8, torch.arange(x.shape[-1], device=x.device)
+    down, right = (r[:, :2] * (2 * most + 1)).long().T - most           # (N,) whole pixels each
+    # A shift by k is a matrix with ones where row - column = k.
+    matrix = lambda k: (line[:, None] - line == k.view(-1, 1, 1, 1)).to(x.dtype)        # (N, 1, R, R)
+    return matrix(down) @ x @ matrix(right).mT
+
+
+def cutout(x, r):
+    """Zeros in a square of half the side, whose centre is anywhere in the image. r (N, 3)."""
+    R = x.shape[-1]
+    line, first = torch.arange(R, device=x.device), (r[:, :2] * (R + 1)).long() - R // 4
+    row, column = first.T[..., None]                                    # (N, 1) each: the upper left corner
+    hidden = lambda first: (line >= first) & (line < first + R // 2)    # (N, R)
+    return x.masked_fill((hidden(row)[:, :, None] & hidden(column)[:, None])[:, None], 0)
+
+
+AUGMENTATIONS = {"colour": colour, "translation": translate, "cutout": cutout}
+
+
+def augment(x, policy, r):
+    """x after the changes that `policy` names, such as "translation,cutout"; r (N, 3, 3)."""
+    for k, (name, change) in enumerate(AUGMENTATIONS.items()):
+        if name in policy:
+            x = change(x, r[:, k])
+    return x
+
+
 # ---------------------------------------------------------------- singular values (section 4.1)
 # Before a run collapses, the largest singular value sigma_0 of some weights of G, the first layer's above
 # all, grows faster and faster. Spectral norm hides that from the output. Watch it, or hold it down.

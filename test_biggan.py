@@ -55,9 +55,9 @@ import metrics
 import sample
 import train
 from biggan import (EMA, LOSSES, MODELS, BatchNorm, ConditionalBatchNorm, Discriminator, Generator, Moments,
-                    SelfAttention, SNConv2d, SNEmbedding, SNLinear, clamp_sigma, gradient_penalty,
-                    orthogonal_penalty, power_iteration, r1_penalty, sigma_excess, sigma_pull,
-                    singular_values, standing_statistics, truncated_normal)
+                    SelfAttention, SNConv2d, SNEmbedding, SNLinear, augment, clamp_sigma, cutout,
+                    gradient_penalty, orthogonal_penalty, power_iteration, r1_penalty, sigma_excess,
+                    sigma_pull, singular_values, standing_statistics, translate, truncated_normal)
 
 HERE = Path(__file__).parent
 
@@ -481,6 +481,14 @@ def test_d_is_its_blocks_relu_sum_and_projection(name, down, attention_after):
         close(D(x, y), D.linear(h)[:, 0] + (E[y] * h).sum(1))
 
 
+def test_with_one_class_the_projection_is_one_more_linear_layer():
+    D, inputs = build(Discriminator, "biggan32", n_classes=1), []
+    D.linear.register_forward_pre_hook(lambda layer, arguments: inputs.append(arguments[0]))
+    logits = D(leaf(3, 3, 32, 32), torch.tensor([0, 0, 0]))
+    W = D.linear.normalized_weight() + D.embed.normalized_weight()
+    close(logits, F.linear(inputs[0], W, D.linear.bias)[:, 0])
+
+
 def test_sngan_has_a_narrow_d_no_attention_and_no_spectral_norm_in_g():
     G, D = Generator(small("sngan128")), Discriminator(small("sngan128"))
     # All blocks but the first widen in the second convolution.
@@ -645,6 +653,63 @@ def test_orthogonal_regularisation_leaves_class_vectors_and_tables_alone():
         for parameter_name, p in G.named_parameters():
             if p.ndim > 1:
                 assert (p.grad is None) == bool(re.fullmatch(ignored, parameter_name))
+
+
+# ---------------------------------------------------------------- augmentation for few images
+# A shift is linear: out = A in B^T with ones where row - column = k; its gradient is A^T . B, the shift back.
+# Every change but the shift has a number that leaves the image alone: 1/2.
+
+def test_a_translation_is_the_shifted_image_and_its_gradient_the_shift_back():
+    x, weights = torch.randn(2, 1, 3, 16, 16, requires_grad=True)       # 5 shifts each way: -2 ... 2
+    shifted = translate(x, torch.tensor([[0.1, 0.7, 0]]))               # 2 up, 1 to the right
+    assert torch.equal(shifted, F.pad(x, (1, -1, -2, 2)))
+    gradient, = torch.autograd.grad((shifted * weights).sum(), x)
+    assert torch.equal(gradient, F.pad(weights, (-1, 1, 2, -2)))
+
+
+def test_a_point_translated_at_random_is_a_box_on_average():
+    x = torch.zeros(25, 1, 16, 16)
+    x[:, 0, 8, 8] = 1
+    numbers = (torch.arange(5) + 0.5) / 5
+    box = translate(x, F.pad(torch.cartesian_prod(numbers, numbers), (0, 1))).mean(0)[0]
+    expected = torch.zeros(16, 16)
+    expected[6:11, 6:11] = 1 / 25
+    close(box, expected)
+
+
+@pytest.mark.parametrize("numbers, rows, columns", [
+    ((0.5, 0.5, 0), slice(4, 12), slice(4, 12)),            # half the side each way: a quarter of the image
+    ((0, 0.9999, 0), slice(0, 4), slice(12, 16)),           # centred on a corner: a sixteenth
+])
+def test_cutout_zeroes_a_square_and_passes_no_gradient_there(numbers, rows, columns):
+    x = (torch.rand(1, 3, 16, 16) + 1).requires_grad_()
+    left = torch.ones_like(x)
+    left[:, :, rows, columns] = 0
+    y = cutout(x, torch.tensor([numbers]))
+    assert torch.equal(y, x * left) and torch.equal(torch.autograd.grad(y.sum(), x)[0], left)
+
+
+def test_changes_of_colour_keep_what_they_should():
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    change = lambda *r: biggan.colour(x, torch.tensor([r, [0.5, 0.5, 0.5]], dtype=torch.float64))
+    for y in change(0.8, 0.5, 0.5), change(0.5, 0.9, 0.5), change(0.5, 0.5, 0.9):
+        close(y[1], x[1], 1e-12)                            # each image has its own numbers
+    close(change(0.8, 0.5, 0.5)[0], x[0] + 0.3, 1e-12)      # brightness adds a constant
+    grey, mean = x[0].mean(0), x[0].mean()
+    close(change(0.5, 0, 0.5)[0], grey.expand(3, 8, 8), 1e-12)
+    close(change(0.5, 0.9, 0.5)[0].mean(0), grey, 1e-12)    # saturation keeps the mean over the channels
+    close(change(0.5, 0.5, 0.9)[0], mean + 1.4 * (x[0] - mean), 1e-12)      # and contrast the image's
+
+
+def test_a_policy_names_the_changes_and_gradients_pass_through_them_and_d():
+    x, y, r = torch.randn(1, 3, 32, 32, dtype=torch.float64), torch.tensor([1]), torch.rand(1, 3, 3).double()
+    assert augment(x, "", r) is x
+    assert torch.equal(augment(x, "cutout,colour", r), cutout(biggan.colour(x, r[:, 0]), r[:, 2]))
+    D = Discriminator(small("biggan32")).double().eval()
+    logit = lambda x: D(augment(x, "colour,translation,cutout", r), y)
+    gradient, = torch.autograd.grad(logit(x.requires_grad_()), x)
+    step = 1e-6 * torch.randn_like(x)
+    close((logit(x + step) - logit(x - step)) / 2, (gradient * step).sum()[None], 1e-10)
 
 
 # ---------------------------------------------------------------- singular values
@@ -1146,26 +1211,30 @@ def naive_loss_d(loss, r1, D, x, y, fake, fake_y, mix):
     return (fake_logits - real_logits + 10 * (slopes((1 - mix) * x + mix * fake) - 1)**2).mean()
 
 
-@pytest.mark.parametrize("loss, r1", [("hinge", 0), ("hinge", 10), ("non-saturating", 0), ("wgan-gp", 0)])
-def test_a_step_is_two_updates_of_d_one_of_g_and_one_of_the_ema(loss, r1):
+@pytest.mark.parametrize("loss, r1, policy", [
+    ("hinge", 0, ""), ("hinge", 10, ""), ("wgan-gp", 0, "colour"),
+    ("non-saturating", 0, "translation,cutout"),
+])
+def test_a_step_is_two_updates_of_d_one_of_g_and_one_of_the_ema(loss, r1, policy):
     """The whole step again, written naively: separate passes, torch's Adam as it comes, nothing frozen. In
     float64, as Adam's first steps are the signs of the gradients. D's u rests: D is called more often."""
     t, real = trainer("--d-steps 2 --ortho 0.01 --ema 0.9 --g-lr 1e-3 --d-lr 1e-3 --precision fp64",
-                      f"--loss {loss} --r1 {r1}")
+                      f"--loss {loss} --r1 {r1}", f"--augment {policy}" * bool(policy))
     t.D.eval()
     G, D, ema = (copy.deepcopy(network) for network in (t.G, t.D, t.ema.model))
     adam_G, adam_D = (torch.optim.Adam(network.parameters(), 1e-3, (0.0, 0.99)) for network in (G, D))
     batches, noise = [next(real), next(real)], [next(t.noise(part)) for part in range(3)]
     t.train_step(iter(batches))
-    for (x, y), (z, fake_y, mix) in zip(batches, noise[1:]):
+    for (x, y), (z, fake_y, mix, r) in zip(batches, noise[1:]):
         fake_y = y if loss == "wgan-gp" else fake_y
+        x, fake = augment(x.double(), policy, r[:, 1]), augment(G(z, fake_y).detach(), policy, r[:, 0])
         adam_D.zero_grad()
-        naive_loss_d(loss, r1, D, x.double(), y, G(z, fake_y).detach(), fake_y, mix).backward()
+        naive_loss_d(loss, r1, D, x, y, fake, fake_y, mix).backward()
         adam_D.step()
     for p, naive in zip(t.D.parameters(), D.parameters()):
         close(p.grad, naive.grad, 1e-9)                 # G's step has added nothing
-    z, y, _ = noise[0]
-    logits = D(G(z, y), y)
+    z, y, _, r = noise[0]
+    logits = D(augment(G(z, y), policy, r[:, 0]), y)
     g_loss = -(logits.sigmoid().log() if loss == "non-saturating" else logits).mean()
     ortho = sum(((W.flatten(1) @ W.flatten(1).T) * (1 - torch.eye(len(W)))).square().sum()
                 for name, W in G.named_parameters() if W.ndim > 1 and name != "shared.weight")
@@ -1176,7 +1245,9 @@ def test_a_step_is_two_updates_of_d_one_of_g_and_one_of_the_ema(loss, r1):
     for ours, theirs in (t.G, G), (t.D, D), (t.ema.model, ema):
         same(ours.state_dict(), theirs.state_dict(), 1e-8)
     # Every part of a step draws other noise, and the next step too.
-    assert len({z.sum().item() for z, _, _ in [*noise, *t.noise(0), *t.noise(1)]}) == 5
+    later = [*noise, *t.noise(0), *t.noise(1)]
+    assert len({z.sum().item() for z, *_ in later}) == 5
+    assert len({r[:, k].sum().item() for *_, r in later for k in (0, 1)}) == 10     # real and fake: others
 
 
 class Scalar(nn.Module):
@@ -1275,7 +1346,7 @@ def test_five_steps_with_4x4_kernels_equal_five_with_the_papers_operations(monke
 
 def test_torch_compile_finds_no_graph_break_and_changes_nothing():
     (t, _), (compiled, _) = (trainer("--precision fp64") for _ in range(2))
-    (z, y, _), = t.noise(0)
+    (z, y, *_), = t.noise(0)
     for network in compiled.G, compiled.D:
         network.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     for each in t, compiled:
@@ -1496,7 +1567,7 @@ def test_cross_replica_batch_norm_is_that_of_the_whole_batch(tmp_path):
 
 
 SHARED = [*TINY, "--precision fp64 --d-steps 2 --ema 0.9 --save-every 1 --log-every 1 --keep 9 --steps 5",
-          "--out"]
+          "--augment colour,translation,cutout --out"]
 
 
 @pytest.fixture(scope="module")
@@ -1595,6 +1666,7 @@ def test_a_run_from_weights_without_d_continues_without_their_file(tmp_path, cap
     ("--pre shapes", "unrecognized arguments: --pre"),
     ("--preset cifra10", "invalid choice: 'cifra10'"),
     ("--steps 0", "must be at least 1"),
+    ("--augment color", "must be some of colour,translation,cutout"),
     ("--g-lr nan", "must be at least 0"),
     ("--ch 12", "multiple of 8"),
     ("--micro-batch 3", "--micro-batch 3 does not divide --batch 8"),

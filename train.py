@@ -47,9 +47,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
-from biggan import (EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, clamp_sigma,
-                    fold_spectral_norm, gradient_penalty, matrix_layers, orthogonal_regularisation, processes,
-                    r1_penalty, rank, sigma_pull, singular_values, standing_statistics, truncated_normal)
+from biggan import (AUGMENTATIONS, EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, augment,
+                    clamp_sigma, fold_spectral_norm, gradient_penalty, matrix_layers,
+                    orthogonal_regularisation, processes, r1_penalty, rank, sigma_pull, singular_values,
+                    standing_statistics, truncated_normal)
 from sample import (LOCAL_RANK, UserError, checkpoints_of, draw_seeds, fetch, image_grid, keep_freed_memory,
                     newest_checkpoint, pick_device, progress, read_options, read_weights, run,
                     save_atomically, say, start_processes, stop_processes, wait_for, warn)
@@ -117,6 +118,7 @@ class Settings:
     ema: float = 0.9999             # decay of the EMA weights
     ema_start: int = 20_000         # step until which the EMA weights equal G's (as in the author's code)
     flip: float = 0.5               # probability that a real image is mirrored
+    augment: str = ""               # for few images: colour,translation,cutout of all that D sees, or some
     precision: str = "auto"         # auto: bf16 where the hardware has it, else fp32; fp16 scales the loss
     compile: bool = False           # let torch.compile fuse operations; the first step then takes minutes
     seed: int = 0                   # of weights, noise and data order
@@ -174,6 +176,8 @@ def check_settings(s, world):
     assert s.batch % at_once == 0, f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}"
     assert at_once % world == 0, f"{world} processes cannot share {at_once} images equally; choose a multiple"
     assert missing == 1 or missing == 2 and not s.sigma_pull, "give one of --sigma-fixed and --sigma-ratio"
+    unknown = set(filter(None, s.augment.split(","))) - AUGMENTATIONS.keys()
+    assert not unknown, f"--augment {s.augment} must be some of {','.join(AUGMENTATIONS)}"
     assert s.init or s.ch % 8 == 0, f"--ch must be a multiple of 8, not {s.ch}, for attention's eighth of it"
     s.init or model_config(s)                       # which has asserts of its own
 
@@ -474,13 +478,14 @@ class Trainer:
             self.parallel_G, self.parallel_D = parallel(self.G), parallel(self.D)
 
     def noise(self, turn):
-        """z, y and mix (for `gradient_penalty`) of this process's rows, in micro-batches. They depend on
-        the seed, the step and the turn in it alone: 0 is G's, 1, 2, ... D's."""
+        """z, y, mix (for `gradient_penalty`) and two r (for `augment`) of this process's rows, in
+        micro-batches. They depend on the seed, the step and the turn in it alone: 0 is G's, 1, 2, ... D's."""
         generator = generator_for(self.s.seed, self.step, turn)
         z = truncated_normal((self.s.batch, self.config.z_dim), generator=generator).to(self.dtype)
         y = torch.randint(self.config.n_classes, (self.s.batch,), generator=generator)
         mix = torch.rand(self.s.batch, generator=generator).to(self.dtype)
-        own = [to_device(drawn[self.rows], self.device) for drawn in (z, y, mix)]
+        r = torch.rand(self.s.batch, 2, 3, 3, generator=generator).to(self.dtype)
+        own = [to_device(drawn[self.rows], self.device) for drawn in (z, y, mix, r)]
         return zip(*(drawn.split(self.micro) for drawn in own))
 
     def autocast(self, half):
@@ -503,13 +508,14 @@ class Trainer:
         self.D.requires_grad_(True)                 # step_G has frozen it
         self.opt_D.zero_grad()
         real, real_y = real.to(self.dtype).split(self.micro), real_y.split(self.micro)
-        for k, (x, y, (z, fake_y, mix)) in enumerate(zip(real, real_y, self.noise(turn)), start=1):
+        for k, (x, y, (z, fake_y, mix, r)) in enumerate(zip(real, real_y, self.noise(turn)), start=1):
             if s.loss == "wgan-gp":
                 fake_y = y                          # the penalty's lines join images of one class
             with self.communicating(self.parallel_D, last=k == len(real)):
                 with self.autocast(self.half):
                     with torch.no_grad():           # only D learns: no graph through G
-                        fake = self.G(z, fake_y)
+                        fake = augment(self.G(z, fake_y), s.augment, r[:, 0])
+                    x = augment(x, s.augment, r[:, 1])
                     # In one call: D has no batch norm, so they do not mix, and a large batch is faster.
                     both = torch.cat([x, fake]), torch.cat([y, fake_y])
                     real_logits, fake_logits = self.parallel_D(*both).chunk(2)
@@ -538,10 +544,11 @@ class Trainer:
         if s.sigma_pull:
             self.scaler_G.scale(s.sigma_pull * sigma_pull(self.G, **goal)).backward()
         micro_batches = list(self.noise(0))
-        for k, (z, y, _) in enumerate(micro_batches, start=1):
+        for k, (z, y, _, r) in enumerate(micro_batches, start=1):
             with self.communicating(self.parallel_G, last=k == len(micro_batches)):
                 with self.autocast(self.half):
-                    fake_logits = self.D(self.parallel_G(z, y), y)
+                    fake = self.parallel_G(z, y)
+                    fake_logits = self.D(augment(fake, s.augment, r[:, 0]), y)
                 loss = self.loss_g(fake_logits)
                 self.scaler_G.scale(loss * weight).backward()
             logged["G_loss"] += loss.detach() * weight
