@@ -5,6 +5,7 @@
 # make trial   thirty kills, a collapse and a full disk (5 minutes, as root)
 # make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (7 minutes)
 # make port PORT=DIR    training speed beside the author's code (ajbrock/BigGAN-PyTorch), checked out in DIR (5 minutes)
+# make gpu     all that runs on a GPU beside the same on the CPU, and how fast it is (8 minutes; ON=cpu: small, without a GPU)
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 
 PYTHON ?= python3
@@ -34,9 +35,13 @@ peers: .venv/ready
 port: .venv/ready
 	PORT="$(PORT)" .venv/bin/python -m pytest -q -s -o python_functions='beside_*' test_biggan.py
 
+gpu: .venv/ready
+	@ON=$(ON) .venv/bin/python -c 'import os, torch, sys; os.environ["ON"] or torch.cuda.is_available() or sys.exit("error: torch finds no GPU; make gpu ON=cpu tries everything on the CPU")'
+	ON="$(ON)" PORT="$(PORT)" .venv/bin/python -m pytest -q -s -o python_functions='gpu_*' test_biggan.py
+
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a virtual environment; install one that can (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch .venv/ready
 
-.PHONY: look demo test check trial peers port
+.PHONY: look demo test check trial peers port gpu

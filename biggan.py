@@ -280,11 +280,31 @@ class ConditionalBatchNorm(Norm):
 #     out_p = x_p + gamma o( sum_q a_pq g(x_q) ),   a_pq = softmax over q of theta(x_p) . phi(x_q)
 # theta, phi, g and o are 1x1 convolutions: query, key, value and output projection.
 
+def attention(query, key, value):
+    """(N, L, E), (N, M, E), (N, M, V) -> (N, L, V): mean of the values by the softmax of query . key."""
+    scores = query @ key.mT                                 # (N, L, M)
+    # Autocast is off here for memory: on a GPU it would return the softmax, the largest tensor of all, in
+    # float32. The sums inside are taken in float32 anyway.
+    with torch.autocast(scores.device.type, enabled=False):
+        weights = scores.softmax(-1)                        # (N, L, M), every row sums to 1
+    return weights @ value
+
+
+def fused_attention(query, key, value):
+    """The same by torch's kernel, for GPUs, without the weights in memory. Has no second derivative."""
+    missing = value.shape[2] - query.shape[2]               # zeros change no product; it wants one length
+    query, key = F.pad(query, (0, missing)), F.pad(key, (0, missing))
+    one_head = [a[:, None] for a in (query, key, value)]
+    return F.scaled_dot_product_attention(*one_head, scale=1.0)[:, 0]
+
+
 class SelfAttention(nn.Module):
     """(N, C, H, W) -> (N, C, H, W). Zhang et al. 2019 (SAGAN), as in its authors' code.
 
     Keys and values are pooled 2x2, which quarters the work. The products are not divided by sqrt(C/8), unlike
     in a transformer. gamma starts at 0: at first the layer is the identity."""
+
+    fused = False                                           # torch's kernel, which never holds all weights
 
     def __init__(self, channels, eps):
         super().__init__()
@@ -300,12 +320,8 @@ class SelfAttention(nn.Module):
         query = positions(self.theta(x))                    # (N, HW, C/8)
         key = positions(F.max_pool2d(self.phi(x), 2))       # (N, HW/4, C/8)
         value = positions(F.max_pool2d(self.g(x), 2))       # (N, HW/4, C/2)
-        scores = query @ key.mT                             # (N, HW, HW/4)
-        # Autocast is off here for memory: on a GPU it would return the softmax, the largest tensor of all, in
-        # float32. The sums inside are taken in float32 anyway.
-        with torch.autocast(x.device.type, enabled=False):
-            weights = scores.softmax(-1)                    # (N, HW, HW/4), every row sums to 1
-        mixed = (weights @ value).view(N, H, W, C // 2).permute(0, 3, 1, 2)     # (N, C/2, H, W)
+        mixed = (fused_attention if self.fused else attention)(query, key, value)       # (N, HW, C/2)
+        mixed = mixed.view(N, H, W, C // 2).permute(0, 3, 1, 2)     # (N, C/2, H, W)
         return torch.addcmul(x, self.gamma.to(x.dtype), self.o(mixed))
 
 

@@ -56,18 +56,20 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # of this process on its mac
 
 
 def run(main):
-    """Run a command. A UserError, or a file that cannot be used, is one line on stderr and status 2."""
-    status = 1
+    """Run a command. A UserError, a file that cannot be used and the end of memory are one line on stderr and
+    status 2."""
     try:
         return main(sys.argv[1:])
-    except (UserError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:
+        sentence, status = str(error).rpartition("UserError: ")[2], 2       # after a worker's traceback
+        if re.search("ALLOC_FAILED|out of memory|DefaultCPUAllocator", sentence):
+            sentence = "memory ran out; halve --micro-batch, or choose a smaller --model or --ch"
+        elif not isinstance(error, (UserError, OSError, zipfile.BadZipFile)):
+            traceback.print_exc()
+            status = 1
         # Until the processes have met, all find the same mistake: the first of each machine says it.
-        if processes() > 1 or LOCAL_RANK == 0:
-            sentence = str(error).rpartition("UserError: ")[2]      # after a worker's traceback
+        if status == 2 and (processes() > 1 or LOCAL_RANK == 0):
             print("error:", " ".join(sentence.split()), file=sys.stderr)
-        status = 2
-    except Exception:
-        traceback.print_exc()
     # A usual exit would wait for the workers, which ignore signals.
     leave = os._exit if multiprocessing.active_children() else sys.exit
     leave(status)

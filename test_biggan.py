@@ -17,6 +17,7 @@ a witness: torch's own version of the technique, which appears nowhere else in t
     scores               Gaussians, points on a line             eigenvalues, F.kl_div, torch.cdist
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -408,8 +409,10 @@ def test_one_dominant_key_gives_its_value_everywhere():
     close(layer(x), x + 0.7 * layer.o(value))
 
 
-def test_attention_equals_torchs_with_scale_one():
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_equals_torchs_with_scale_one(fused):
     layer, x = attention()
+    layer.fused = fused
     query = layer.theta(x).flatten(2).mT
     key, value = (F.max_pool2d(part(x), 2).flatten(2).mT for part in (layer.phi, layer.g))
     attended = F.scaled_dot_product_attention(query, key, value, scale=1.0).mT.unflatten(2, (8, 8))
@@ -1344,6 +1347,21 @@ def test_five_steps_with_4x4_kernels_equal_five_with_the_papers_operations(monke
     assert not torch.equal(t.G.linear.weight, naive.G.linear.weight)    # it was another way
 
 
+@pytest.mark.parametrize("options", ["", "--r1 1", "--loss wgan-gp", "--micro-batch 4", "--sigma-ratio 1.1",
+                                     "--augment colour,translation,cutout", "--ortho 0 --model sngan128"])
+def test_a_step_mixes_no_devices_and_reads_no_number_from_its_own(monkeypatch, options):
+    # Tensors on `meta` have no numbers: reading one, as by .item(), fails here. On a GPU it would wait.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())   # unknown to meta
+    s = train.parse_settings(words([*TINY, options]))
+    t = train.Trainer(s, train.model_config(s, n_classes=10), torch.device("meta"))
+    for name, network in ("opt_G", t.G), ("opt_D", t.D):
+        setattr(t, name, torch.optim.Adam(network.parameters()))        # fused is unknown to meta, too
+    R = t.config.resolution
+    real = torch.empty(8, 3, R, R, device="meta"), torch.empty(8, dtype=torch.int64, device="meta")
+    logged = t.train_step(itertools.repeat(real))
+    assert t.step == 1 and {value.device.type for value in logged.values()} == {"meta"}
+
+
 def test_torch_compile_finds_no_graph_break_and_changes_nothing():
     (t, _), (compiled, _) = (trainer("--precision fp64") for _ in range(2))
     (z, y, *_), = t.noise(0)
@@ -1685,6 +1703,15 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch,
     before = listing(tmp_path)
     assert sentence in refused(monkeypatch, capsys, *TINY, options)
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("said", ["", "CUDA out of memory. Tried to", "CUBLAS_STATUS_ALLOC_FAILED when",
+                                  "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory"])
+def test_the_end_of_memory_is_one_sentence(monkeypatch, capsys, said):
+    command = unittest.mock.Mock(main=lambda _: torch.empty(1 << 60))
+    if said:
+        command.main = unittest.mock.Mock(side_effect=RuntimeError(said))
+    assert "halve --micro-batch" in refused(monkeypatch, capsys, module=command)
 
 
 # ---------------------------------------------------------------- long trials, by `make trial`
@@ -2302,7 +2329,14 @@ CPU = torch.device("cpu")
 
 
 def median_seconds(work, rounds, device=CPU):
-    return np.median([train.seconds_of(work, device) for _ in range(rounds + 2)][2:])
+    seconds = []
+    for _ in range(rounds + 2):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return np.median(seconds[2:])                       # the first ones allocate
 
 
 def in_own_process(call):
@@ -2382,7 +2416,7 @@ def peer_pytorch_fid_sees_the_same_features():
         print(f"\n{side} pixels: features differ by {difference:.1e}")
         assert difference < 1e-4
     work = (lambda: ours(x)), (lambda: theirs(x / 255))
-    here, there = np.median([[train.seconds_of(network, CPU) for network in work] for _ in range(6)][2:], 0)
+    here, there = np.median([[median_seconds(network, 1) for network in work] for _ in range(4)], 0)
     print(f"{there / here:.2f} times as fast")
     assert there > here
 
@@ -2442,3 +2476,177 @@ def beside_the_authors_code_training_is_faster(arguments, steps, fp32, bf16):
     print(f"\n{arguments}: {port:.1f} images per second by the author's code, here {ours32:.1f} in fp32 "
           f"({ours32 / port:.2f} times), {ours16:.1f} in bf16 ({ours16 / port:.2f} times)")
     assert ours32 / port >= fp32 and ours16 / port >= bf16
+
+
+# ---------------------------------------------------------------- on a GPU, by `make gpu`
+# With ON=cpu everything runs on the CPU, small, so that no line waits for a GPU to be tried.
+
+ON = torch.device(os.environ.get("ON") or "cuda")
+CARD = ON.type == "cuda"
+
+
+class OneOfSeveral(int):
+    """The number 1, which takes the way of several processes: collectives, DDP."""
+    __gt__ = lambda self, other: True
+
+
+@pytest.fixture
+def a_group_of_one(monkeypatch, tmp_path):
+    backend = "nccl" if CARD else "gloo"
+    torch.distributed.init_process_group(backend, f"file://{tmp_path}/store", rank=0, world_size=1)
+    for module in biggan, train:
+        monkeypatch.setattr(module, "processes", lambda: OneOfSeveral(1))
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def trained(device, *options, steps=1, state=None):
+    """A trainer after some steps on the same images, and the gradients of the last."""
+    # D rests: Adam's first step is the sign of the gradient, also where that is rounding.
+    options = "--data x --batch 8 --ch 16 --d-steps 1 --ema-start 0 --g-lr 1e-4 --d-lr 0", *options
+    s = train.parse_settings(words(options))
+    t = train.Trainer(s, train.model_config(s, n_classes=10), device)
+    t.scaler_G._init_scale = t.scaler_D._init_scale = 64.0  # nothing overflows
+    for network in t.G, t.D:
+        if hasattr(network, "attention"):
+            nn.init.constant_(network.attention.gamma, 0.5)     # at 0 attention would not count
+    if state:
+        t.load_state_dict(state)
+    for _ in range(steps):
+        t.train_step(some_images(t))
+    return t, {f"{network}.{name}": p.grad.cpu() for network in "GD"
+               for name, p in getattr(t, network).named_parameters() if p.grad is not None}
+
+
+def some_images(trainer):
+    R, generator = trainer.config.resolution, torch.Generator().manual_seed(1)
+    x = torch.rand(8, 3, R, R, generator=generator) * 2 - 1
+    return itertools.repeat((x.to(trainer.device), torch.arange(8).to(trainer.device)))
+
+
+def distance(ours, theirs):
+    """The largest distance of two lists of tensors, relative to the tensors' own norms."""
+    assert ours.keys() == theirs.keys()
+    whole = sum(theirs[name].norm().square() for name in theirs).sqrt()
+    return max((ours[name] - theirs[name]).norm() / max(theirs[name].norm(), 1e-2 * whole) for name in ours)
+
+
+def cosine(ours, theirs):
+    """Of all gradients of G, and of all of D, the smaller one."""
+    flat = lambda grads, network: torch.cat([grads[name].flatten() for name in grads if name[0] == network])
+    return min(F.cosine_similarity(flat(ours, network), flat(theirs, network), 0) for network in "GD")
+
+
+def report(what, value):
+    print(f"\n{what:<60}{value}")
+
+
+@pytest.mark.parametrize("model", ["biggan32", "biggan128"])
+def gpu_a_step_is_the_cpus(model):
+    _, exact = trained(CPU, "--precision fp32 --model", model)
+    _, ours = trained(ON, "--precision fp32 --model", model)
+    found = {"fp32": distance(ours, exact)}
+    assert found["fp32"] < 1e-3
+    for precision in "bf16", "fp16":
+        found[precision] = cosine(trained(ON, "--precision", precision, "--model", model)[1], exact)
+        assert found[precision] > 0.99
+    report(f"{model}: distance of gradients in fp32, their cosines", [f"{x:.2g}" for x in found.values()])
+
+
+@pytest.mark.parametrize("options", ["", "--micro-batch 4"])
+def gpu_collectives_and_ddp_change_nothing(request, options):
+    alone = trained(ON, "--precision fp32 --model biggan32", options)[1]
+    request.getfixturevalue("a_group_of_one")
+    together = trained(ON, "--precision fp32 --model biggan32", options)[1]
+    report(f"collectives and DDP {options}: distance of gradients", f"{distance(together, alone):.1g}")
+    assert distance(together, alone) < 1e-3
+
+
+@pytest.mark.parametrize("option, model", [("--compile", "biggan128" if CARD else "biggan32"),
+                                           ("--fused-attention", "biggan128")])
+def gpu_faster_ways_change_nothing(option, model):
+    options = f"--precision fp32 --model {model}"
+    plain, other = trained(ON, options)[1], trained(ON, options, option)[1]
+    report(f"{option}: distance of gradients", f"{distance(other, plain):.1g}")
+    assert distance(other, plain) < 1e-3
+
+
+def gpu_a_run_moves_from_card_to_cpu_and_back():
+    options, state = "--precision fp32 --model biggan32", None
+    stayed = {name: p.detach().cpu() for name, p in trained(ON, options, steps=3)[0].G.named_parameters()}
+    for device in ON, CPU, ON:
+        t, _ = trained(device, options, state=state)
+        state = torch.load(io.BytesIO(saved(t.state_dict())), map_location="cpu")
+    off = distance({name: state["G"][name] for name in stayed}, stayed)
+    report("a run moved twice: distance of G's weights", f"{off:.1g}")
+    assert off < 1e-3
+
+
+def gpu_images_and_features_are_the_cpus():
+    G = sample.load_generator("shapes").to(ON)
+    z, y = G.noise((10, G.config.z_dim)), torch.arange(10)
+    theirs = copy.deepcopy(G).cpu()(z, y)
+    images = (G(z.to(ON), y.to(ON)).cpu() - theirs).abs().max()
+    inception, x = metrics.Inception(inception_state()), ((theirs + 1) * 127.5).byte()
+    features = inception(x)[0]
+    off = ((inception.to(ON)(x.to(ON))[0].cpu() - features).abs().max() / features.abs().max()).item()
+    report("images, Inception's features: largest difference", f"{images:.1g}, {off:.1g}")
+    assert images < 1e-3 and off < 1e-4
+
+
+@pytest.mark.parametrize("options", ["", "--precision fp16", "--r1 1", "--loss wgan-gp", "--micro-batch 4",
+                                     "--ortho 0", "--augment colour,translation,cutout"])
+def gpu_a_step_never_waits_for_the_card(options):
+    t, _ = trained(ON, "--model biggan32", options)
+    real = some_images(t)
+    if CARD:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        t.train_step(real)
+    finally:
+        if CARD:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def gpu_sigterm_to_torchrun_saves(tmp_path):
+    options = f"--out {tmp_path} --steps 100000 --save-every 100000 --workers 2 --log-every 1"
+    process = torchrun(1, HERE / "train.py", *TINY, options)
+    wait_until((tmp_path / "log.jsonl").exists, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert steps_kept(tmp_path)
+
+
+def gpu_speed_of_training():
+    size, batches = ("--preset imagenet128", (32, 64, 128, 256)) if CARD else ("--preset shapes --ch 8", (8,))
+    ways = itertools.product(["", "--fused-attention"], ["", "--compile"] if CARD else [""])
+    for (fused, compiled), batch in itertools.product(ways, batches):
+        options = f"{size} --batch {batch} --benchmark 10 {fused} {compiled}"
+        output, error = run_command("train.py", options).communicate()
+        report(options, output or error)
+        if "memory ran out" in error:
+            break
+        assert "real images per second" in output
+    if os.environ.get("PORT"):
+        for precision in "port", "fp32", "bf16":
+            call = f"training_rate({precision!r}, '--preset imagenet128 --batch 32', 5)"
+            report(f"{precision}: images per second at 128x128, batch 32", f"{in_own_process(call):.1f}")
+
+
+def gpu_largest_kernels():
+    options = "--precision bf16 --model biggan128" + " --ch 96" * CARD
+    t, _ = trained(ON, options)
+    with torch.profiler.profile() as profile:
+        t.train_step(some_images(t))
+    column = "self_cuda_time_total" if CARD else "self_cpu_time_total"
+    report("the largest kernels", profile.key_averages().table(sort_by=column, row_limit=5))
+
+
+@pytest.mark.parametrize("model", ["biggan-deep-128", "biggan-deep-256"])
+def gpu_speed_of_drawing(model):
+    G = Generator(dataclasses.replace(MODELS[model], ch=128 if CARD else 8)).eval().requires_grad_(False)
+    G = biggan.fold_spectral_norm(G).to(ON, memory_format=torch.channels_last)
+    for batch in 1, 16:
+        z, y = torch.randn(batch, 128), torch.arange(batch)
+        seconds = median_seconds(lambda: sample.draw(G, z, y), 5, ON)
+        report(f"{model}: images per second, {batch} at a time", f"{batch / seconds:.1f}")

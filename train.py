@@ -121,6 +121,7 @@ class Settings:
     augment: str = ""               # for few images: colour,translation,cutout of all that D sees, or some
     precision: str = "auto"         # auto: bf16 where the hardware has it, else fp32; fp16 scales the loss
     compile: bool = False           # let torch.compile fuse operations; the first step then takes minutes
+    fused_attention: bool = False   # torch's kernel for attention: less memory and time on a GPU
     seed: int = 0                   # of weights, noise and data order
     workers: int = None             # processes that decode images; unless given 8 beside a GPU, else 0
     held_out: str = None            # folder of images that are not trained on: has D memorised --data?
@@ -138,7 +139,7 @@ CHOICES = {"preset": PRESETS, "model": MODELS, "loss": LOSSES, "on_collapse": ["
 
 # These may differ when a run is continued: they change where and how long, not what is computed.
 FREE_TO_CHANGE = {"data", "out", "held_out", "steps", "workers", "log_every", "sample_every", "save_every",
-                  "eval_every", "keep", "keep_every", "on_collapse", "compile"}
+                  "eval_every", "keep", "keep_every", "on_collapse", "compile", "fused_attention"}
 
 
 def parse_settings(arguments):
@@ -171,6 +172,8 @@ def check_settings(s, world):
               s.save_every]
     assert min(counts) >= 1, "--batch, --steps, --keep and all counts of steps must be at least 1"
     assert min(s.g_lr, s.d_lr, s.ortho, s.r1) >= 0, "learning rates and penalties must be at least 0"
+    second = s.r1 or s.loss == "wgan-gp"            # derivatives of gradients
+    assert not (s.fused_attention and second), "leave out --fused-attention: the penalty is on gradients"
     assert not (s.benchmark and s.init), "--benchmark times --model: leave out --init"
     assert s.data or s.benchmark, "--data DIR is missing, with one sub-folder of images per class"
     assert s.batch % at_once == 0, f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}"
@@ -459,8 +462,12 @@ class Trainer:
         self.G_ema = self.ema.model
         self.loss_d, self.loss_g, self.threshold = LOSSES[s.loss]
         self.rows, self.micro = own_rows(s), (s.micro_batch or s.batch) // processes()
-        # What autocast leaves in float32 may round to TF32; fp32 means float32.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.half is not None
+        for network in self.G, self.D:
+            if hasattr(network, "attention"):
+                network.attention.fused = s.fused_attention
+        torch.backends.cudnn.allow_tf32 = False     # float32 means float32, as in matrix products by default
+        matmul = torch.backends.cuda.matmul         # sums of 16-bit products are float32, too
+        matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cudnn.benchmark = True       # all steps have the same shapes
         # Many gradients would be too small for float16: the scaler multiplies the loss by a large number,
         # divides the gradients by it, and where they overflow skips the update and halves the number.
@@ -844,19 +851,14 @@ def main(arguments):
         check_run(Path(s.out), described)
     start_processes()
     lock = lock_run(Path(s.out), described) if rank() == 0 else None
-    try:
-        trainer = Trainer(s, config, device)
-        if checkpoint:
-            trainer.load_state_dict(checkpoint)
-            say(f"continuing {s.out} from step {trainer.step}")
-        elif initial:
-            trainer.start_from(initial, data.classes)
-        del checkpoint, initial                     # which would stay in memory for weeks
-        train(trainer, data, held_out, s)
-    except RuntimeError as error:
-        if not re.search("ALLOC_FAILED|out of memory|DefaultCPUAllocator", str(error)):
-            raise
-        raise UserError("memory ran out; halve --micro-batch, or choose a smaller --model or --ch") from None
+    trainer = Trainer(s, config, device)
+    if checkpoint:
+        trainer.load_state_dict(checkpoint)
+        say(f"continuing {s.out} from step {trainer.step}")
+    elif initial:
+        trainer.start_from(initial, data.classes)
+    del checkpoint, initial                         # which would stay in memory for weeks
+    train(trainer, data, held_out, s)
     stop_processes()
 
 
@@ -865,32 +867,32 @@ def main(arguments):
 def benchmark(trainer, s):
     """Time steps on noise, count their operations, compare with one large matrix product."""
     device, R, n = trainer.device, trainer.config.resolution, len(trainer.rows)
-    real, logged = torch.rand(n, 3, R, R, device=device) * 2 - 1, defaultdict(float)
-    y, seconds = torch.zeros(n, dtype=torch.int64, device=device), []
-    for work in lambda: trainer.step_D(real, y, 1, logged), lambda: trainer.step_G(logged):
-        times = [seconds_of(work, device) for _ in range(3 + s.benchmark)]
-        seconds.append(np.median(times[3:]))        # the first ones compile and allocate
-    step = s.d_steps * seconds[0] + seconds[1]
+    y = torch.zeros(n, dtype=torch.int64, device=device)
+    real = itertools.repeat((torch.rand(n, 3, R, R, device=device) * 2 - 1, y))
+    step = seconds_of(lambda: trainer.train_step(real), s.benchmark, device)
+    step_D = seconds_of(lambda: trainer.step_D(*next(real), 1, defaultdict(float)), s.benchmark, device)
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        trainer.train_step(itertools.repeat((real, y)))
+        trainer.train_step(real)
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=trainer.half or trainer.dtype)
-    peak = 2e-12 * side**3 / min(seconds_of(lambda: a @ a, device) for _ in range(10))
+    peak = 2e-12 * side**3 / seconds_of(lambda: a @ a, 10, device)
     tera = counter.get_total_flops() / 1e12         # 2 for a multiplication and an addition
     say(f"{s.batch * s.d_steps / step:.1f} real images per second; {1000 * step:.0f} ms per step: "
-        f"{s.d_steps} times {1000 * seconds[0]:.0f} for D, {1000 * seconds[1]:.0f} for G; "
+        f"{s.d_steps} times {1000 * step_D:.0f} for D, {1000 * (step - s.d_steps * step_D):.0f} for G; "
         f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory; {tera:.3f} TFLOP per process, "
         f"{tera / step / peak:.0%} of a matrix product's {peak:.2f} per second")
 
 
-def seconds_of(work, device):
-    """How long some work takes, until the device has done it."""
+def seconds_of(work, times, device):
+    """Mean seconds that some work takes, after three times, in which the device is not waited for."""
     finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for k in range(3 + times):
+        if k == 3:                                  # the first ones compile and allocate
+            finish()
+            started = time.perf_counter()
+        work()
     finish()
-    started = time.perf_counter()
-    work()
-    finish()
-    return time.perf_counter() - started
+    return (time.perf_counter() - started) / times
 
 
 if __name__ == "__main__":
