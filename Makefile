@@ -5,7 +5,8 @@
 # make trial   thirty kills, a collapse and a full disk (5 minutes, as root)
 # make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (7 minutes)
 # make port PORT=DIR    training speed beside the author's code (ajbrock/BigGAN-PyTorch), checked out in DIR (5 minutes)
-# make gpu     all that runs on a GPU beside the same on the CPU, and how fast it is (8 minutes; ON=cpu: small, without a GPU)
+# make gpu     what runs on a GPU beside the same on the CPU, and how fast it is (ON=cpu: small, without a GPU, 9 minutes)
+# make help    this list
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 
 PYTHON ?= python3
@@ -44,4 +45,7 @@ gpu: .venv/ready
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	touch .venv/ready
 
-.PHONY: look demo test check trial peers port gpu
+help:
+	@sed -n 's/^# //p' Makefile
+
+.PHONY: help look demo test check trial peers port gpu

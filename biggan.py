@@ -17,8 +17,8 @@ represent any function and reached their optimum, generated images would be dist
                 EMA weights <- 0.9999 EMA weights + 0.0001 G's weights      samples are drawn with these
 
 Reading order: the techniques, each a few lines (spectral norm, resampling, batch norm, attention); the two
-networks built from them, and their sizes (MODELS); then what training needs (losses, penalties) and what
-makes good samples (truncation, EMA weights, standing statistics).
+networks built from them, and their sizes (MODELS); then what training needs (losses, penalties, for few
+images augmentation) and what makes good samples (truncation, EMA weights, standing statistics).
 
 Paper: Brock, Donahue, Simonyan, "Large Scale GAN Training for High Fidelity Natural Image Synthesis", ICLR
 2019, arXiv:1809.11096. "section 3.1", "table 4" and so on below refer to it.

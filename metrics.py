@@ -26,7 +26,7 @@ from torch import nn
 
 from biggan import processes, rank
 from sample import (CACHE, UserError, check_output, draw_seeds, fetch, gather_rows, keep_freed_memory,
-                    pick_device, prepare, progress, read_generator, read_options, read_tensors, run,
+                    own_rows_of, pick_device, prepare, read_generator, read_options, read_tensors, run,
                     save_atomically, say, start_processes, stop_processes)
 from train import open_data
 
@@ -276,12 +276,10 @@ class Features:
 
 
 def features_of(images, n, inception, what):
-    """Features of n images, of which images(rows) gives some (k, R, R, 3) uint8. Process r of P takes the
-    rows r, r + P, r + 2 P, ..."""
+    """Features of n images, of which images(rows) gives some (k, R, R, 3) uint8, in every process its own."""
     n = n if inception else min(n, PATCHED)
-    own, pixels, kept, probs, moments = np.arange(rank(), n, processes()), [], [], [], 0
-    blocks = np.array_split(own, -(-len(own) // 16))  # 16 images fit into a CPU's cache
-    for rows in progress(blocks, len(blocks), what):
+    pixels, kept, probs, moments = [], [], [], 0
+    for rows in own_rows_of(n, 16, what):           # 16 images fit into a CPU's cache
         x = images(rows)
         pixels.append(x[rows < PATCHED])
         if inception:

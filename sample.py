@@ -104,10 +104,11 @@ def read_options(table, arguments, description, choices={}):
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)", inspect.getsource(table), re.M))
-    special = {bool: {"action": "store_true"}, list[str]: {"nargs": "+", "metavar": "X"},
-               list[float]: {"nargs": "+", "metavar": "X", "type": float}}
+    kinds = {bool: {"action": "store_true"}, list[str]: {"nargs": "+", "metavar": "X"},
+             list[float]: {"nargs": "+", "metavar": "X", "type": float}}
     for f in dataclasses.fields(table):
-        kind = special.get(f.type) or {"type": f.type, "choices": choices.get(f.name)}
+        one_of = {"choices": choices[f.name]} if f.name in choices else {"metavar": "X", "type": f.type}
+        kind = kinds.get(f.type, one_of)
         default = f" (default: {f.default})" if f.default else ""
         parser.add_argument("--" + f.name.strip("_").replace("_", "-"), dest=f.name, **kind,
                             help=comments[f.name] + default)
@@ -157,6 +158,13 @@ def stop_processes():
     if processes() > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def own_rows_of(n, at_once, what):
+    """Yields rows r, r + P, r + 2 P, ... of n in process r of P, some at once, and says how far it is."""
+    own = np.arange(rank(), n, processes())
+    blocks = np.array_split(own, -(-len(own) // at_once))
+    return progress(blocks, len(blocks), what)
 
 
 def gather_rows(own, n):
@@ -457,10 +465,8 @@ def image_grid(images, columns):
 
 def write_npz(G, classes, n, seed, out):
     """n images, the classes in turn, as arr_0 (n, R, R, 3) uint8 and arr_1 (n,). All processes draw."""
-    labels, own = np.resize(classes, n), np.arange(rank(), n, processes())
-    blocks, drawn = np.array_split(own, -(-len(own) // 64)), []
-    for rows in progress(blocks, len(blocks), "drawing"):
-        drawn.append(draw_seeds(G, labels[rows], seed + rows, G.noise))
+    labels = np.resize(classes, n)
+    drawn = [draw_seeds(G, labels[rows], seed + rows, G.noise) for rows in own_rows_of(n, 16, "drawing")]
     images = gather_rows(np.concatenate(drawn), n)
     if rank() == 0:
         save_atomically(out, lambda f: np.savez(f, images, labels))

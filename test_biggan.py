@@ -10,11 +10,16 @@ a witness: torch's own version of the technique, which appears nowhere else in t
     self-attention       zero queries, one dominant key          F.scaled_dot_product_attention
     losses               the best D on two points                torch's cross-entropy, MSE and hinge losses
     penalties            linear and quadratic D, two filters     torch's Jacobian, finite differences
+    augmentation         a shifted image, a box, a square        F.pad, finite differences
     singular values      diagonal matrices, d sigma = u v^T      torch.linalg.svdvals
     truncation           moments of the truncated normal         nn.init.trunc_normal_
     EMA                  a geometric sum                         torch.optim.swa_utils.AveragedModel
     standing statistics  the mean over the batches               nn.BatchNorm2d with momentum None
     scores               Gaussians, points on a line             eigenvalues, F.kl_div, torch.cdist
+    a training step      a G and a D of one number               the step again, written naively
+    several processes                                            one process, in float64
+
+`make test` runs the functions test_*; other targets run those of other names, in the last sections.
 """
 
 import contextlib

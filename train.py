@@ -58,7 +58,7 @@ from sample import (LOCAL_RANK, UserError, checkpoints_of, draw_seeds, fetch, im
 
 # ---------------------------------------------------------------- settings
 
-TABLE1 = "--model sagan128 --ortho 0 --steps 1_000_000 "
+TABLE1 = "--model sagan128 --ortho 0 "
 
 PRESETS = {  # options that differ from the defaults below
     "shapes": "--data shapes --held-out shapes --model shapes32 --steps 3000 --batch 64 --d-steps 1 "
@@ -76,10 +76,11 @@ PRESETS = {  # options that differ from the defaults below
 
     # SN-GAN (Miyato & Koyama 2018), then table 1 and what is new in each row: SAGAN (Zhang et al. 2019)
     "sngan128": "--model sngan128 --steps 450_000 --batch 64 --d-steps 5 --g-lr 2e-4 --beta2 0.9 --ortho 0",
-    "table1-row1": TABLE1 + "--batch 256 --d-steps 1 --g-lr 1e-4 --d-lr 4e-4 --beta2 0.9",
+    "table1-row1": TABLE1 + "--steps 1_000_000 --batch 256 --d-steps 1 --g-lr 1e-4 --d-lr 4e-4 "
+                   "--beta2 0.9",
     # half the learning rates, two D steps, Adam's beta2, twice the batch; larger batches
-    "table1-row2": TABLE1 + "--batch 512",
-    "table1-row3": TABLE1 + "--batch 1024",
+    "table1-row2": TABLE1 + "--steps 1_000_000 --batch 512",
+    "table1-row3": TABLE1 + "--steps 1_000_000 --batch 1024",
     "table1-row4": TABLE1 + "--steps 732_000",
     # wider; a shared class embedding; z in chunks (biggan128); orthogonal regularisation; narrower
     "table1-row5": TABLE1 + "--steps 295_000 --ch 96",
@@ -92,7 +93,7 @@ PRESETS = {  # options that differ from the defaults below
 @dataclass
 class Settings:
     """Every setting, its default (the paper's ImageNet run at 128x128) and what --help says of it."""
-    preset: str = "imagenet128"     # named options, listed below; those typed beside it win
+    preset: str = "imagenet128"     # named options, listed above; those typed beside it win
     data: str = None                # folder with a sub-folder of images per class, or packed; or shapes
     pack: str = None                # do not train: decode all images of --data once, into this folder
     benchmark: int = None           # do not train: time this many steps on noise
