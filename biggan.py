@@ -758,9 +758,10 @@ AUGMENTATIONS = {"colour": colour, "translation": translate, "cutout": cutout}
 
 def augment(x, policy, r):
     """x after the changes that `policy` names, such as "translation,cutout"; r (N, 3, 3)."""
-    for k, (name, change) in enumerate(AUGMENTATIONS.items()):
-        if name in policy:
-            x = change(x, r[:, k])
+    with torch.autocast(x.device.type, enabled=False):      # in float32: D takes its gradient for penalties
+        for k, (name, change) in enumerate(AUGMENTATIONS.items()):
+            if name in policy:
+                x = change(x, r[:, k])
     return x
 
 
@@ -770,9 +771,11 @@ def augment(x, policy, r):
 
 @torch.no_grad()
 def singular_values(W, k=3):
-    """The k largest singular values of W (out, ...), descending."""
+    """The k largest singular values of W (out, ...), descending; NaN where their squares are not finite."""
     W = W.flatten(1)
     gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W  # the smaller; its eigenvalues: squares
+    if not gram.isfinite().all():
+        return gram.new_full((min(k, len(gram)),), math.nan)
     return torch.linalg.eigvalsh(gram).flip(0)[:k].clamp(min=0).sqrt()
 
 

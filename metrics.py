@@ -390,7 +390,6 @@ def main(arguments):
     o = parse(arguments)
     device, inception, real, results = pick_device(), None, None, []
     keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False         # scores are compared in their last digits
     if o.inception != "none":
         path = o.inception or fetch(INCEPTION, CACHE / INCEPTION.rpartition("/")[2], "6726825d")
         inception = Inception(path).to(device)

@@ -62,13 +62,14 @@ def run(main):
         return main(sys.argv[1:])
     except Exception as error:
         sentence, status = str(error).rpartition("UserError: ")[2], 2       # after a worker's traceback
-        if re.search("ALLOC_FAILED|out of memory|DefaultCPUAllocator", sentence):
-            sentence = "memory ran out; halve --micro-batch, or choose a smaller --model or --ch"
+        no_memory = re.search("ALLOC_FAILED|out of memory|DefaultCPU|Unable to allocate", sentence)
+        if no_memory:
+            sentence = "memory ran out; in training halve --micro-batch, or choose a smaller --model or --ch"
         elif not isinstance(error, (UserError, OSError, zipfile.BadZipFile)):
             traceback.print_exc()
             status = 1
         # Until the processes have met, all find the same mistake: the first of each machine says it.
-        if status == 2 and (processes() > 1 or LOCAL_RANK == 0):
+        if status == 2 and (no_memory or processes() > 1 or LOCAL_RANK == 0):
             print("error:", " ".join(sentence.split()), file=sys.stderr)
     # A usual exit would wait for the workers, which ignore signals.
     leave = os._exit if multiprocessing.active_children() else sys.exit
@@ -109,7 +110,7 @@ def read_options(table, arguments, description, choices={}):
     for f in dataclasses.fields(table):
         one_of = {"choices": choices[f.name]} if f.name in choices else {"metavar": "X", "type": f.type}
         kind = kinds.get(f.type, one_of)
-        default = f" (default: {f.default})" if f.default else ""
+        default = "" if f.type is bool or f.default in (None, "") else f" (default: {f.default})"
         parser.add_argument("--" + f.name.strip("_").replace("_", "-"), dest=f.name, **kind,
                             help=comments[f.name] + default)
     return vars(parser.parse_args(arguments))
@@ -140,6 +141,7 @@ def save_atomically(path, write):
 def pick_device():
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False     # float32 is float32
     torch.cuda.set_device(LOCAL_RANK)
     return torch.device("cuda", LOCAL_RANK)
 
@@ -392,7 +394,6 @@ def read_weights(weights=None):
 def read_generator(weights=None):
     """The EMA generator of these weights in eval mode, on the GPU if there is one, for `prepare`."""
     keep_freed_memory()
-    torch.backends.cudnn.allow_tf32 = False         # an image must not depend on its batch
     found = read_weights(weights)
     with torch.device("meta"):
         G = Generator(dataclasses.replace(found.config, g_sn=found.config.g_sn and not found.scaled))

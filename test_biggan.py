@@ -757,7 +757,8 @@ def test_the_pulls_gradient_is_twice_the_excess_times_u_v(goal, excess):
 
 def test_weights_that_are_not_finite_have_no_singular_values():
     W = torch.tensor([[math.nan, 1], [2, 3]])
-    assert sigma_excess(W, ratio=2.0)[0].isnan()
+    for W in W, 1e30 * torch.eye(2):                        # whose squares overflow
+        assert singular_values(W).isnan().all()
 
 
 # ---------------------------------------------------------------- truncation, EMA, standing statistics
@@ -1291,9 +1292,13 @@ def test_a_step_of_two_parameters_on_paper():
           [new_psi, new_theta, 0.9 * theta + 0.1 * new_theta, *expected.values()], 1e-5)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_takes_nearly_the_step_of_float32(precision):
-    (exact, real), (t, _) = (trainer("--ortho 1e-2 --precision", name) for name in ("fp32", precision))
+@pytest.mark.parametrize("precision, options", [
+    ("bf16", ""), ("bf16", "--loss wgan-gp --augment translation"),
+    ("fp16", ""), ("fp16", "--r1 1 --augment translation"),
+])
+def test_half_precision_takes_nearly_the_step_of_float32(precision, options):
+    options += " --ortho 1e-2 --precision"
+    (exact, real), (t, _) = (trainer(options, name) for name in ("fp32", precision))
     t.scaler_G._init_scale = t.scaler_D._init_scale = 64.0  # nothing overflows
     batch = next(real)
     for each in exact, t:
@@ -1301,7 +1306,7 @@ def test_half_precision_takes_nearly_the_step_of_float32(precision):
     for network in "GD":
         ours, theirs = ([p.grad.flatten() for p in getattr(u, network).parameters()] for u in (t, exact))
         for a, b in zip(ours, theirs):
-            assert b.norm() < 1e-3 or F.cosine_similarity(a, b, 0) > 0.9 and 0.9 < a.norm() / b.norm() < 1.1
+            assert b.norm() < 2e-2 or F.cosine_similarity(a, b, 0) > 0.9 and 0.9 < a.norm() / b.norm() < 1.1
 
 
 def test_an_overflow_in_float16_skips_the_update_and_halves_the_scale_of_the_loss():
@@ -1309,7 +1314,7 @@ def test_an_overflow_in_float16_skips_the_update_and_halves_the_scale_of_the_los
     t.scaler_D._init_scale = 2.0**60
     before = copy.deepcopy(dict(t.D.named_parameters()))
     logged = t.train_step(real)
-    assert logged["D_grad"] == 0 and t.scaler_D.get_scale() == 2.0**59
+    assert logged["D_skipped"] == 1 and logged["D_grad"] == 0 and t.scaler_D.get_scale() == 2.0**59
     same(before, dict(t.D.named_parameters()))
 
 
@@ -1713,7 +1718,8 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch,
 @pytest.mark.parametrize("said", ["", "CUDA out of memory. Tried to", "CUBLAS_STATUS_ALLOC_FAILED when",
                                   "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory"])
 def test_the_end_of_memory_is_one_sentence(monkeypatch, capsys, said):
-    command = unittest.mock.Mock(main=lambda _: torch.empty(1 << 60))
+    monkeypatch.setattr(sample, "LOCAL_RANK", 3)        # it may be this card's alone
+    command = unittest.mock.Mock(main=lambda _: np.empty(1 << 50))
     if said:
         command.main = unittest.mock.Mock(side_effect=RuntimeError(said))
     assert "halve --micro-batch" in refused(monkeypatch, capsys, module=command)
@@ -2491,7 +2497,7 @@ CARD = ON.type == "cuda"
 
 
 class OneOfSeveral(int):
-    """The number 1, which takes the way of several processes: collectives, DDP."""
+    """The number 1, which takes the way of several processes: collectives, DDP, no_sync."""
     __gt__ = lambda self, other: True
 
 
@@ -2509,6 +2515,7 @@ def trained(device, *options, steps=1, state=None):
     """A trainer after some steps on the same images, and the gradients of the last."""
     # D rests: Adam's first step is the sign of the gradient, also where that is rounding.
     options = "--data x --batch 8 --ch 16 --d-steps 1 --ema-start 0 --g-lr 1e-4 --d-lr 0", *options
+    sample.pick_device()                                    # without TF32
     s = train.parse_settings(words(options))
     t = train.Trainer(s, train.model_config(s, n_classes=10), device)
     t.scaler_G._init_scale = t.scaler_D._init_scale = 64.0  # nothing overflows
@@ -2578,7 +2585,8 @@ def gpu_faster_ways_change_nothing(option, model):
 
 def gpu_a_run_moves_from_card_to_cpu_and_back():
     options, state = "--precision fp32 --model biggan32", None
-    stayed = {name: p.detach().cpu() for name, p in trained(ON, options, steps=3)[0].G.named_parameters()}
+    stayed = trained(ON, options, steps=3)[0].G.named_parameters()
+    stayed = {name: p.detach().cpu() for name, p in stayed if p.dim() > 1}  # rounding alone moves biases
     for device in ON, CPU, ON:
         t, _ = trained(device, options, state=state)
         state = torch.load(io.BytesIO(saved(t.state_dict())), map_location="cpu")
@@ -2600,10 +2608,11 @@ def gpu_images_and_features_are_the_cpus():
 
 
 @pytest.mark.parametrize("options", ["", "--precision fp16", "--r1 1", "--loss wgan-gp", "--micro-batch 4",
-                                     "--ortho 0", "--augment colour,translation,cutout"])
+                                     "--ortho 0", "--augment translation --r1 1", "--augment colour,cutout"])
 def gpu_a_step_never_waits_for_the_card(options):
-    t, _ = trained(ON, "--model biggan32", options)
-    real = some_images(t)
+    t, _ = trained(ON, "--model biggan32 --workers 0", options)
+    real = train.batches(train.Shapes(32), t.s, 1, ON)
+    next(real)
     if CARD:
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -2625,13 +2634,14 @@ def gpu_sigterm_to_torchrun_saves(tmp_path):
 def gpu_speed_of_training():
     size, batches = ("--preset imagenet128", (32, 64, 128, 256)) if CARD else ("--preset shapes --ch 8", (8,))
     ways = itertools.product(["", "--fused-attention"], ["", "--compile"] if CARD else [""])
-    for (fused, compiled), batch in itertools.product(ways, batches):
-        options = f"{size} --batch {batch} --benchmark 10 {fused} {compiled}"
-        output, error = run_command("train.py", options).communicate()
-        report(options, output or error)
-        if "memory ran out" in error:
-            break
-        assert "real images per second" in output
+    for fused, compiled in ways:
+        for batch in batches:
+            options = f"{size} --batch {batch} --benchmark 10 {fused} {compiled}"
+            output, error = run_command("train.py", options).communicate()
+            report(options, output or error)
+            if "memory ran out" in error:
+                break
+            assert "real images per second" in output
     if os.environ.get("PORT"):
         for precision in "port", "fp32", "bf16":
             call = f"training_rate({precision!r}, '--preset imagenet128 --batch 32', 5)"
@@ -2649,6 +2659,7 @@ def gpu_largest_kernels():
 
 @pytest.mark.parametrize("model", ["biggan-deep-128", "biggan-deep-256"])
 def gpu_speed_of_drawing(model):
+    sample.pick_device()
     G = Generator(dataclasses.replace(MODELS[model], ch=128 if CARD else 8)).eval().requires_grad_(False)
     G = biggan.fold_spectral_norm(G).to(ON, memory_format=torch.channels_last)
     for batch in 1, 16:

@@ -305,7 +305,7 @@ class Arrays:
         return len(self.labels)
 
     def __getitem__(self, i):
-        return self.images[i], int(self.labels[i])
+        return np.array(self.images[i]), int(self.labels[i])    # a copy, which may be written to
 
 
 # A packed folder: images.npy (N, R, R, 3) uint8 and, written last, packed.json with labels and classes.
@@ -320,8 +320,11 @@ def pack(data, folder, workers=0):
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(data), R, R, 3)}
     with open(folder / "images.npy", "wb") as f:
         np.lib.format.write_array_header_1_0(f, header)
+        os.posix_fallocate(f.fileno(), 0, f.tell() + len(data) * R * R * 3)     # a disk too small says so now
         for images, _ in progress(loader, len(loader), "packing"):
             f.write(images.numpy())
+        f.flush()
+        os.fsync(f.fileno())
     described = json.dumps({"labels": data.labels.tolist(), "classes": data.classes})
     save_atomically(folder / "packed.json", lambda f: f.write(described.encode()))
 
@@ -337,7 +340,7 @@ def fetch_cifar10(folder, url=CIFAR10, sha256=CIFAR10_SHA256):
         classes = read("batches.meta.txt").decode().split()
         training = [f"data_batch_{k}.bin" for k in range(1, 6)]
         for name, files in ("cifar10-test", ["test_batch.bin"]), ("cifar10", training):
-            records = np.frombuffer(bytearray().join(map(read, files)), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+            records = np.frombuffer(b"".join(map(read, files)), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
             images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)    # after the label
             if not (folder / name / "packed.json").exists():
                 pack(Arrays(images, records[:, 0], classes), folder / name)
@@ -359,7 +362,7 @@ def open_data(source, resolution=None, held_out=False):
             data = Arrays(*np.load(path).values())
         elif (path / "packed.json").exists():
             described = json.loads((path / "packed.json").read_text())
-            data = Arrays(np.load(path / "images.npy", mmap_mode="c"), **described)
+            data = Arrays(np.load(path / "images.npy", mmap_mode="r"), **described)
         else:
             data = ImageFolder(path, resolution)
     except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
@@ -425,7 +428,7 @@ def batches(data, s, step, device):
     loader = torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers, pin_memory=cuda,
                                          worker_init_fn=ignore_signals)
     for number, (x, y) in enumerate(loader, start=first):
-        x, generator = to_network(x, device), generator_for(s.seed, number, 0, 1)   # noise has 3 numbers
+        x, generator = to_network(x, device), generator_for(s.seed, number, 0, 1)   # 1: not the noise
         mirrored = torch.rand(s.batch, generator=generator)[rows] < s.flip
         x = torch.where(to_device(mirrored, device).view(-1, 1, 1, 1), x.flip(3), x)
         yield x, to_device(y, device)
@@ -466,7 +469,6 @@ class Trainer:
         for network in self.G, self.D:
             if hasattr(network, "attention"):
                 network.attention.fused = s.fused_attention
-        torch.backends.cudnn.allow_tf32 = False     # float32 means float32, as in matrix products by default
         matmul = torch.backends.cuda.matmul         # sums of 16-bit products are float32, too
         matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cudnn.benchmark = True       # all steps have the same shapes
@@ -501,7 +503,7 @@ class Trainer:
 
     def communicating(self, network, last):
         """Around a micro-batch's passes: only the last one sends gradients to other processes."""
-        return nullcontext() if last or processes() == 1 else network.no_sync()
+        return network.no_sync() if processes() > 1 and not last else nullcontext()
 
     def train_step(self, real_batches):
         """d_steps updates of D, then one of G. Returns what the log wants, as tensors."""
@@ -567,12 +569,13 @@ class Trainer:
         self.ema.update(self.G, self.step)
 
     def update(self, network, logged, share):
-        """One step of a network's optimiser. Logs the gradient's norm."""
+        """One step of a network's optimiser. Logs the gradient's norm, and the updates that float16 skips."""
         optimiser, scaler = getattr(self, f"opt_{network}"), getattr(self, f"scaler_{network}")
         scaler.unscale_(optimiser)
         grads = [p.grad for p in getattr(self, network).parameters() if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(grads)).norm()
-        if scaler.is_enabled():                     # float16's overflows are skipped: no norm
+        if scaler.is_enabled():
+            logged[f"{network}_skipped"] += (~norm.isfinite()).float() * share
             norm = torch.where(norm.isfinite(), norm, 0)
         logged[f"{network}_grad"] += norm * share
         scaler.step(optimiser)
@@ -877,7 +880,7 @@ def benchmark(trainer, s):
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=trainer.half or trainer.dtype)
     peak = 2e-12 * side**3 / seconds_of(lambda: a @ a, 10, device)
-    tera = counter.get_total_flops() / 1e12         # 2 for a multiplication and an addition
+    tera = counter.get_total_flops() / 1e12         # 2 for a multiplication and an addition, also of zeros
     say(f"{s.batch * s.d_steps / step:.1f} real images per second; {1000 * step:.0f} ms per step: "
         f"{s.d_steps} times {1000 * step_D:.0f} for D, {1000 * (step - s.d_steps * step_D):.0f} for G; "
         f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory; {tera:.3f} TFLOP per process, "
