@@ -1139,6 +1139,10 @@ def test_interrupted_packing_leaves_no_data_set_and_may_be_repeated(tmp_path, mo
         train.open_data(packed)
     train.pack(data, packed)
     assert len(train.open_data(packed)) == 1
+    picture(tmp_path / "mine", "a.png")
+    for folder in packed, tmp_path / "mine":            # nor into images or another pack
+        with pytest.raises(sample.UserError, match="holds other files"):
+            train.pack(data, folder)
 
 
 def test_cifar_10_is_fetched_checked_and_packed(tmp_path):

@@ -155,6 +155,7 @@ def parse_settings(arguments):
     if "data" in typed:                             # the preset's held-out images belong to its data
         s.held_out = typed.get("held_out")
     if s.init:
+        s.model = s.ch = s.shared_dim = None        # the weights' own
         s.ema_start = typed.get("ema_start", 0)     # there are no random first weights to forget
     else:
         s.ch = s.ch or MODELS[s.model].ch
@@ -314,8 +315,8 @@ def pack(data, folder, workers=0):
     """Decode a data set once, into a packed folder. If it is interrupted, start again."""
     folder, R = Path(folder), data.resolution
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "packed.json").exists():
-        raise UserError(f"{folder} is a packed folder already; delete it or choose another")
+    if {path.name for path in folder.iterdir()} - {"images.npy"}:      # which an interrupted one leaves
+        raise UserError(f"{folder} holds other files, or is packed already; choose another")
     loader = torch.utils.data.DataLoader(data, batch_size=64, num_workers=workers)
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(data), R, R, 3)}
     with open(folder / "images.npy", "wb") as f:
@@ -804,7 +805,8 @@ def train(trainer, data, held_out, s):
                 f"metrics.py --weights {s.out}/checkpoints/*.pt says which is best")
     if saved < trainer.step and not save_checkpoint(trainer, data.classes, s):
         raise UserError(f"step {trainer.step} is not saved; make room, then the same command continues")
-    say(f"\n{'stopped' if verdict else 'done'} after {trainer.step} steps; the same command continues")
+    ending = "stopped" if verdict else "done"
+    say(f"\n{ending} after {trainer.step} steps; the same command, or one with more --steps, continues")
 
 
 def evaluate(trainer, data, held_out, s):
