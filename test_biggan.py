@@ -1475,7 +1475,7 @@ def kill_again_and_again(folder, kills, options):
 
 
 def test_sigkill_at_any_moment_costs_no_checkpoint_and_changes_nothing(tmp_path):
-    killed, reached = kill_again_and_again(tmp_path, 4, "--steps 30")
+    killed, reached = kill_again_and_again(tmp_path, 2, "--steps 16")
     assert killed and reached
 
 
