@@ -4,7 +4,7 @@ A generator G turns noise z and a class y into an image. A discriminator D looks
 and returns one number, the logit D(x, y): large if it takes x for a real image of that class. They take
 turns:
 
-    D minimises  E max(0, 1 - D(x, y)) + E max(0, 1 + D(G(z, y), y))    over real x, y; normal z, random y
+    D minimises  E max(0, 1 - D(x, y)) + E max(0, 1 + D(G(z, y), y))    over real x, y; normal z, uniform y
     G minimises  - E D(G(z, y), y)                                      through D, whose weights are frozen
 
 D learns to tell real from generated images, and G to make D take its images for real. If both networks could
@@ -161,7 +161,7 @@ def upsample(x):                                            # (N, C, H, W) -> (N
 # Batch norm brings every channel to mean 0 and variance 1, then to a gain and a bias of its own:
 #     gain * (x - mean) / sqrt(var + eps) + bias,   mean and var of each channel over the whole batch
 # In G's blocks gain = 1 + W_g c and bias = W_b c depend on each image's condition c, its class embedding
-# joined with a chunk of its z: that is how every block learns what to draw. The batch spans all GPUs. D has
+# joined with a chunk of its z: that is how every block is told what to draw. The batch spans all GPUs. D has
 # no batch norm: each image's logit depends on that image alone.
 
 def precise(x):                                             # float32 for sums and exponentials; float64 stays
@@ -291,8 +291,8 @@ def attention(query, key, value):
 
 
 def fused_attention(query, key, value):
-    """The same by torch's kernel, for GPUs, without the weights in memory. Has no second derivative."""
-    missing = value.shape[2] - query.shape[2]               # zeros change no product; it wants one length
+    """The same by torch's kernel for GPUs, which never stores (N, L, M). Has no second derivative."""
+    missing = value.shape[2] - query.shape[2]               # zeros change no product; lengths must be equal
     query, key = F.pad(query, (0, missing)), F.pad(key, (0, missing))
     one_head = [a[:, None] for a in (query, key, value)]
     return F.scaled_dot_product_attention(*one_head, scale=1.0)[:, 0]
@@ -304,7 +304,7 @@ class SelfAttention(nn.Module):
     Keys and values are pooled 2x2, which quarters the work. The products are not divided by sqrt(C/8), unlike
     in a transformer. gamma starts at 0: at first the layer is the identity."""
 
-    fused = False                                           # torch's kernel, which never holds all weights
+    fused = False                                           # torch's kernel, which never stores all of a_pq
 
     def __init__(self, channels, eps):
         super().__init__()
@@ -327,7 +327,8 @@ class SelfAttention(nn.Module):
 
 # ---------------------------------------------------------------- the networks
 #     G:  h = linear(z_0), 4x4;  h = block_i(h, [class, z_i]), each (deep: every second) doubling H and W;
-#         tanh(conv(ReLU(norm(h)))).  z_0, z_1, ... are chunks of z; in deep each is all of z
+#         tanh(conv(ReLU(norm(h)))).  z_0, z_1, ... are chunks of z. deep: all of z everywhere,
+#         and the class in linear too. Without skip_z: z in linear only, the class in the blocks
 #     D:  blocks, most halving H and W;  s = sum over pixels of ReLU(h);  D(x, y) = w . s + b + e_y . s
 # A block is residual: shortcut(x) + convolutions of x. In most sizes attention follows one block of each
 # network. A shortcut's 1x1 convolution sees one pixel at a time: it gives the same on the smaller image, with
@@ -434,7 +435,7 @@ class Generator(nn.Module):
             if i == self.attention_after:
                 h = self.attention(h)
         h = self.output_norm(h).relu_()                     # (N, last width, R, R)
-        # The published deep weights have 128 filters here: sigma is that of all, the first three are colours.
+        # The published deep weights have 128 filters here: all count for sigma, three are colours.
         W, b = self.to_rgb.normalized_weight()[:3], self.to_rgb.bias[:3]
         return torch.tanh(precise(F.conv2d(h, W, b, padding=1)))  # (N, 3, R, R) in [-1, 1]
 
@@ -722,7 +723,7 @@ def orthogonal_regularisation(G):
 # ---------------------------------------------------------------- augmentation for few images
 # With few images D memorises them, and G learns nothing more. Differentiable augmentation (Zhao et al. 2020,
 # "DiffAugment") changes real *and* generated images at random before D sees any, in D's turn and in G's, so
-# that D cannot memorise, and G does not learn to draw the changes: a shifted image is as likely among the
+# that D cannot memorise. G should not draw the changes itself: D would see them twice in its images, once in
 # real ones. G's gradient passes through. All images here are (N, 3, R, R) in [-1, 1]; r are random numbers in
 # [0, 1), three per image and change.
 
@@ -758,7 +759,7 @@ AUGMENTATIONS = {"colour": colour, "translation": translate, "cutout": cutout}
 
 def augment(x, policy, r):
     """x after the changes that `policy` names, such as "translation,cutout"; r (N, 3, 3)."""
-    with torch.autocast(x.device.type, enabled=False):      # in float32: D takes its gradient for penalties
+    with torch.autocast(x.device.type, enabled=False):      # penalties differentiate D with respect to x
         for k, (name, change) in enumerate(AUGMENTATIONS.items()):
             if name in policy:
                 x = change(x, r[:, k])

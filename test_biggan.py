@@ -1,7 +1,7 @@
 """Proofs of every technique in biggan.py and of the scores in metrics.py, in the order of those files.
 
 A test's name states a fact. Its body checks the code against a closed form, derived in a comment, and against
-a witness: torch's own version of the technique, which appears nowhere else in this project.
+a witness: another implementation of it, torch's own where there is one.
 
     technique            closed form                             witness
     spectral norm        diagonal and rank-one matrices          nn.utils.parametrizations.spectral_norm
@@ -665,7 +665,7 @@ def test_orthogonal_regularisation_leaves_class_vectors_and_tables_alone():
 
 # ---------------------------------------------------------------- augmentation for few images
 # A shift is linear: out = A in B^T with ones where row - column = k; its gradient is A^T . B, the shift back.
-# Every change but the shift has a number that leaves the image alone: 1/2.
+# A change of colour leaves the image alone at 1/2, a shift too; cutout always hides a square.
 
 def test_a_translation_is_the_shifted_image_and_its_gradient_the_shift_back():
     x, weights = torch.randn(2, 1, 3, 16, 16, requires_grad=True)       # 5 shifts each way: -2 ... 2

@@ -531,9 +531,9 @@ class Trainer:
                     both = torch.cat([x, fake]), torch.cat([y, fake_y])
                     real_logits, fake_logits = self.parallel_D(*both).chunk(2)
                 penalty = real_logits.new_zeros(())
-                with self.autocast(None if s.precision == "fp16" else self.half):   # too small a gradient
+                with self.autocast(None if s.precision == "fp16" else self.half):   # float16 would underflow
                     if s.r1:
-                        penalty += s.r1 * r1_penalty(self.D.forward, x, y)     # uncompiled
+                        penalty += s.r1 * r1_penalty(self.D.forward, x, y)     # .forward is uncompiled
                     if s.loss == "wgan-gp":
                         penalty += 10 * gradient_penalty(self.D.forward, x, fake, y, mix)
                 loss = self.loss_d(real_logits, fake_logits)
