@@ -25,7 +25,7 @@ Paper: Brock, Donahue, Simonyan, "Large Scale GAN Training for High Fidelity Nat
 
 Shapes: N images, C channels (the width of a layer), H x W pixels, R the image's resolution. Training may run
 under autocast, which computes convolutions and matrix products in 16 bits; `precise` marks what must be
-float32. channels_last is a memory layout in which the channels of a pixel lie together, for speed. """
+float32. channels_last is a memory layout in which the channels of a pixel lie together, for speed."""
 
 import copy
 import math
