@@ -62,11 +62,12 @@ def power_iteration(W, u, steps=1, eps=1e-12):
 
 
 class SpectralNorm:
-    """Mixed into a layer with a `weight`: adds `normalized_weight()`, the weight divided by its sigma.
+    """Mixed into one of torch's layers: adds `normalized_weight()`, its weight divided by sigma.
 
     eps=None switches it off (in SN-GAN's generator): the weight stays as it is, and so does u."""
 
-    def init_u(self, eps):
+    def __init__(self, eps, *size, **options):
+        super().__init__(*size, **options)
         self.eps = eps
         self.register_buffer("u", F.normalize(torch.randn(self.weight.shape[0]), dim=0))
 
@@ -97,30 +98,18 @@ def fold_spectral_norm(network):
 
 
 class SNConv2d(SpectralNorm, nn.Conv2d):
-    """Convolution with spectral norm that keeps H and W: kernel size 3 or 1, stride 1."""
-
-    def __init__(self, in_channels, out_channels, size, eps, bias=True):
-        super().__init__(in_channels, out_channels, size, padding=size // 2, bias=bias)
-        self.init_u(eps)
+    """Channels in and out, and a kernel size, 3 or 1; keeps H and W."""
 
     def forward(self, x):                                   # (N, in, H, W) -> (N, out, H, W)
-        return F.conv2d(x, self.normalized_weight(), self.bias, padding=self.padding)
+        return F.conv2d(x, self.normalized_weight(), self.bias, padding="same")
 
 
 class SNLinear(SpectralNorm, nn.Linear):
-    def __init__(self, in_features, out_features, eps, bias=True):
-        super().__init__(in_features, out_features, bias=bias)
-        self.init_u(eps)
-
     def forward(self, x):                                   # (N, in) -> (N, out)
         return F.linear(x, self.normalized_weight(), self.bias)
 
 
 class SNEmbedding(SpectralNorm, nn.Embedding):
-    def __init__(self, n_classes, dim, eps):
-        super().__init__(n_classes, dim)
-        self.init_u(eps)
-
     def forward(self, y):                                   # (N,) labels -> (N, dim)
         return F.embedding(y, self.normalized_weight())
 
@@ -265,8 +254,8 @@ class ConditionalBatchNorm(Norm):
     def __init__(self, channels, config):
         super().__init__(channels, config.bn_eps)
         if config.shared_dim:
-            self.gain = SNLinear(config.c_dim, channels, config.g_sn_eps, bias=False)
-            self.bias = SNLinear(config.c_dim, channels, config.g_sn_eps, bias=False)
+            self.gain = SNLinear(config.g_sn_eps, config.c_dim, channels, bias=False)
+            self.bias = SNLinear(config.g_sn_eps, config.c_dim, channels, bias=False)
         else:
             self.gain = nn.Embedding(config.n_classes, channels)
             self.bias = nn.Embedding(config.n_classes, channels)
@@ -308,10 +297,10 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels, eps):
         super().__init__()
-        self.theta = SNConv2d(channels, channels // 8, 1, eps, bias=False)
-        self.phi = SNConv2d(channels, channels // 8, 1, eps, bias=False)
-        self.g = SNConv2d(channels, channels // 2, 1, eps, bias=False)
-        self.o = SNConv2d(channels // 2, channels, 1, eps, bias=False)
+        self.theta = SNConv2d(eps, channels, channels // 8, 1, bias=False)
+        self.phi = SNConv2d(eps, channels, channels // 8, 1, bias=False)
+        self.g = SNConv2d(eps, channels, channels // 2, 1, bias=False)
+        self.o = SNConv2d(eps, channels // 2, channels, 1, bias=False)
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x):                                   # (N, C, H, W)
@@ -340,10 +329,10 @@ class GBlock(nn.Module):
     def __init__(self, in_channels, out_channels, config):
         super().__init__()
         self.bn1 = ConditionalBatchNorm(in_channels, config)
-        self.conv1 = SNConv2d(in_channels, out_channels, 3, config.g_sn_eps)
+        self.conv1 = SNConv2d(config.g_sn_eps, in_channels, out_channels, 3)
         self.bn2 = ConditionalBatchNorm(out_channels, config)
-        self.conv2 = SNConv2d(out_channels, out_channels, 3, config.g_sn_eps)
-        self.conv_sc = SNConv2d(in_channels, out_channels, 1, config.g_sn_eps)      # sc: shortcut
+        self.conv2 = SNConv2d(config.g_sn_eps, out_channels, out_channels, 3)
+        self.conv_sc = SNConv2d(config.g_sn_eps, in_channels, out_channels, 1)      # sc: shortcut
 
     def forward(self, x, c):                                # (N, in, H, W), (N, c_dim)
         h = self.bn1(x, c).relu_()                          # (N, in, H, W); in place, nobody else needs it
@@ -362,13 +351,13 @@ class DeepGBlock(nn.Module):
         super().__init__()
         self.up, self.out_channels, middle = up, out_channels, in_channels // 4
         self.bn1 = ConditionalBatchNorm(in_channels, config)
-        self.conv1 = SNConv2d(in_channels, middle, 1, config.g_sn_eps)
+        self.conv1 = SNConv2d(config.g_sn_eps, in_channels, middle, 1)
         self.bn2 = ConditionalBatchNorm(middle, config)
-        self.conv2 = SNConv2d(middle, middle, 3, config.g_sn_eps)
+        self.conv2 = SNConv2d(config.g_sn_eps, middle, middle, 3)
         self.bn3 = ConditionalBatchNorm(middle, config)
-        self.conv3 = SNConv2d(middle, middle, 3, config.g_sn_eps)
+        self.conv3 = SNConv2d(config.g_sn_eps, middle, middle, 3)
         self.bn4 = ConditionalBatchNorm(middle, config)
-        self.conv4 = SNConv2d(middle, out_channels, 1, config.g_sn_eps)
+        self.conv4 = SNConv2d(config.g_sn_eps, middle, out_channels, 1)
 
     def forward(self, x, c):                                # (N, in, H, W), (N, c_dim)
         h = self.conv1(self.bn1(x, c).relu_())              # (N, in/4, H, W)
@@ -392,13 +381,13 @@ class Generator(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        channels = [m * config.ch for m in config.g_channels]
+        channels = widths(config.g_channels, config.ch)
         if config.shared_dim:
             # No spectral norm: it cripples G, as the author's code notes, for reasons unknown.
             self.shared = nn.Embedding(config.n_classes, config.shared_dim)
         # The first layer sees a chunk of z alone, and the class enters later (deep: all of z, and the class).
         first_dim = config.c_dim if config.deep else config.z_chunk
-        self.linear = SNLinear(first_dim, 4 * 4 * channels[0], config.g_sn_eps)
+        self.linear = SNLinear(config.g_sn_eps, first_dim, 4 * 4 * channels[0])
         self.blocks, self.attention_after = nn.ModuleList(), None
         for i, (a, b) in enumerate(zip(channels, channels[1:])):
             if config.deep:
@@ -409,7 +398,7 @@ class Generator(nn.Module):
             if config.g_attention == 8 * 2**i:
                 self.attention, self.attention_after = SelfAttention(b, config.g_sn_eps), len(self.blocks)
         self.output_norm = BatchNorm(channels[-1], config.bn_eps)
-        self.to_rgb = SNConv2d(channels[-1], config.rgb_filters, 3, config.g_sn_eps)
+        self.to_rgb = SNConv2d(config.g_sn_eps, channels[-1], config.rgb_filters, 3)
         initialise(self)
 
     def conditions(self, z, y):
@@ -447,11 +436,11 @@ class DBlock(nn.Module):
         super().__init__()
         self.first, self.down = first, down
         middle = out_channels if first or config.d_wide else in_channels
-        self.conv1 = SNConv2d(in_channels, middle, 3, config.sn_eps)
-        self.conv2 = SNConv2d(middle, out_channels, 3, config.sn_eps)
+        self.conv1 = SNConv2d(config.sn_eps, in_channels, middle, 3)
+        self.conv2 = SNConv2d(config.sn_eps, middle, out_channels, 3)
         self.conv_sc = nn.Identity()
         if down or in_channels != out_channels:
-            self.conv_sc = SNConv2d(in_channels, out_channels, 1, config.sn_eps)
+            self.conv_sc = SNConv2d(config.sn_eps, in_channels, out_channels, 1)
 
     def forward(self, x):                                   # (N, in, H, W)
         # The first ReLU is not in place: the shortcut needs x as it was.
@@ -472,11 +461,11 @@ class DeepDBlock(nn.Module):
     def __init__(self, in_channels, out_channels, down, config):
         super().__init__()
         self.down, middle, missing = down, out_channels // 4, out_channels - in_channels
-        self.conv1 = SNConv2d(in_channels, middle, 1, config.sn_eps)
-        self.conv2 = SNConv2d(middle, middle, 3, config.sn_eps)
-        self.conv3 = SNConv2d(middle, middle, 3, config.sn_eps)
-        self.conv4 = SNConv2d(middle, out_channels, 1, config.sn_eps)
-        self.conv_sc = SNConv2d(in_channels, missing, 1, config.sn_eps) if missing else None
+        self.conv1 = SNConv2d(config.sn_eps, in_channels, middle, 1)
+        self.conv2 = SNConv2d(config.sn_eps, middle, middle, 3)
+        self.conv3 = SNConv2d(config.sn_eps, middle, middle, 3)
+        self.conv4 = SNConv2d(config.sn_eps, middle, out_channels, 1)
+        self.conv_sc = SNConv2d(config.sn_eps, in_channels, missing, 1) if missing else None
 
     def forward(self, x):                                   # (N, in, H, W)
         h = self.conv1(F.relu(x)).relu_()                   # (N, out/4, H, W)
@@ -495,9 +484,9 @@ class Discriminator(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        channels = [m * config.ch for m in config.d_channels]
+        channels = widths(config.d_channels, config.ch)
         if config.deep:
-            self.from_rgb = SNConv2d(3, channels[0], 3, config.sn_eps)
+            self.from_rgb = SNConv2d(config.sn_eps, 3, channels[0], 3)
         else:
             channels = [3, *channels]
         self.blocks, self.attention_after, size = nn.ModuleList(), None, config.resolution
@@ -511,8 +500,8 @@ class Discriminator(nn.Module):
                 self.blocks.append(DBlock(a, b, i == 0, down, config))
             if down and size == config.d_attention:
                 self.attention, self.attention_after = SelfAttention(b, config.sn_eps), len(self.blocks)
-        self.linear = SNLinear(channels[-1], 1, config.sn_eps)
-        self.embed = SNEmbedding(config.n_classes, channels[-1], config.sn_eps)
+        self.linear = SNLinear(config.sn_eps, channels[-1], 1)
+        self.embed = SNEmbedding(config.sn_eps, config.n_classes, channels[-1])
         initialise(self)
 
     def forward(self, x, y):                                # (N, 3, R, R), (N,)
@@ -529,6 +518,11 @@ class Discriminator(nn.Module):
             return self.linear(s).squeeze(1) + (self.embed(y) * s).sum(1)   # (N,)
 
 
+def widths(channels, ch):
+    """"16-8", 96 -> [1536, 768]."""
+    return [int(multiple) * ch for multiple in channels.split("-")]
+
+
 def initialise(network):
     """Orthogonal weights (section 3), zero biases: all singular values start at 1."""
     for module in network.modules():
@@ -543,10 +537,10 @@ def initialise(network):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides the shape of G and D. Channels are in multiples of `ch`, as in the paper."""
+    """Everything that decides the shape of G and D. Channels, such as "16-8", are multiples of `ch`."""
     resolution: int                 # R, pixels per side
-    g_channels: tuple               # G: into its first block, at 4x4, then out of each (deep: of each pair)
-    d_channels: tuple               # D: out of each block (deep: first out of a convolution)
+    g_channels: str                 # G: into its first block, at 4x4, then out of each (deep: of each pair)
+    d_channels: str                 # D: out of each block (deep: first out of a convolution)
     d_down: int                     # D: this many of its first blocks halve H and W, the others keep them
     g_attention: int                # attention follows the block with this many pixels per side; 0: none
     d_attention: int
@@ -563,11 +557,7 @@ class ModelConfig:
     bn_eps: float = 1e-4            # ... and in batch norm (appendix C)
 
     def __post_init__(self):
-        for name in "g_channels", "d_channels":      # "16-8", or [16, 8] from a file: (16, 8)
-            channels = getattr(self, name)
-            channels = channels.split("-") if isinstance(channels, str) else channels
-            object.__setattr__(self, name, tuple(map(int, channels)))
-        k = len(self.g_channels) - 1
+        k = self.g_channels.count("-")                      # the number of doublings
         g_sizes = [0, *(8 * 2**i for i in range(k))]
         d_sizes = [0, *(self.resolution // 2**i for i in range(1, self.d_down + 1))]
         assert self.resolution == 4 * 2**k, f"g_channels has {k} blocks, which make {4 * 2**k} pixels"
@@ -580,7 +570,7 @@ class ModelConfig:
     @property
     def z_chunk(self):
         """How many components of z the first layer gets and, with skip_z, each block."""
-        return self.z_dim // len(self.g_channels) if self.skip_z else self.z_dim
+        return self.z_dim // (self.g_channels.count("-") + 1) if self.skip_z else self.z_dim
 
     @property
     def c_dim(self):
@@ -862,10 +852,9 @@ def standing_statistics(G, batches=16, batch_size=64, noise=truncated_normal):
     generator = torch.Generator().manual_seed(0)
     # Equal parts of the batch, or where it cannot be shared all of it.
     own = slice(None) if batch_size % processes() else slice(rank(), None, processes())
-    for norm in norms:
-        norm.training = True                                # not the layers inside
     for k in range(batches):
         for norm in norms:
+            norm.training = True                            # not the layers inside
             norm.momentum = 1 / (k + 1)                     # makes it the mean of k + 1 batches
         z = noise((batch_size, G.config.z_dim), generator=generator)
         y = torch.randint(G.config.n_classes, (batch_size,), generator=generator)

@@ -46,12 +46,9 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
 def factor(cov):
     """A (d, rank) with A A^T = C."""
-    try:
-        return np.linalg.cholesky(cov)
-    except np.linalg.LinAlgError:                   # no full rank: no more points than dimensions
-        values, vectors = np.linalg.eigh(cov)
-        nonzero = values > 1e-12 * values[-1]       # rounded zeros, whose roots would count
-        return vectors[:, nonzero] * np.sqrt(values[nonzero])
+    values, vectors = np.linalg.eigh(cov)
+    nonzero = values > 1e-12 * values[-1]           # no rounded zeros, whose roots would count
+    return vectors[:, nonzero] * np.sqrt(values[nonzero])
 
 
 def inception_score(probs, splits=10):
@@ -76,11 +73,11 @@ def kernel_distance(a, b, subsets=100, size=1000, seed=0):
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
     size, rng, distances = min(size, len(a), len(b)), np.random.default_rng(seed), []
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1)**3
+    pairs = lambda k: (k.sum() - k.trace()) / (size * (size - 1))   # the mean without a point and itself
     for _ in range(subsets):
         x, y = (points[rng.choice(len(points), size, replace=False)] for points in (a, b))
-        xx, yy = kernel(x, x), kernel(y, y)
-        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))    # without itself
-        distances.append((within - 2 * kernel(x, y).mean()).item())
+        distance = pairs(kernel(x, x)) + pairs(kernel(y, y)) - 2 * kernel(x, y).mean()
+        distances.append(distance.item())
     return float(np.mean(distances)), float(np.std(distances))
 
 
@@ -289,7 +286,7 @@ def features_of(images, n, inception, what):
             kept.append(f.cpu().numpy()[rows < KEPT])
             # The IS leaves the last bias out, as its authors' code did.
             probs.append((logits - inception.fc_bias).softmax(1).cpu().numpy()[rows < KEPT])
-    pixels = gather_rows(np.concatenate(pixels), min(n, PATCHED))
+    pixels = gather_rows(pixels)
     if not inception:
         return Features(n, pixels=pixels)
     moments = moments.cpu()
@@ -297,8 +294,7 @@ def features_of(images, n, inception, what):
         dist.all_reduce(moments)
     mu, products = moments[0].numpy() / n, moments[1:].numpy()
     cov = (products - n * np.outer(mu, mu)) / (n - 1)
-    kept, probs = (gather_rows(np.concatenate(parts), min(n, KEPT)) for parts in (kept, probs))
-    return Features(n, mu, cov, torch.from_numpy(kept), probs, pixels)
+    return Features(n, mu, cov, torch.from_numpy(gather_rows(kept)), gather_rows(probs), pixels)
 
 
 def features_of_data(data, n, inception):
@@ -317,15 +313,15 @@ def features_of_samples(G, n, seed, inception):
 def compare(real, fake):
     """Every score that these two sets allow, as a dictionary; KID and SWD times 1000."""
     scores = {}
-    if real.mu is not None and fake.mu is not None:
+    if fake.mu is not None:
         scores["FID"] = frechet_distance(real.mu, real.cov, fake.mu, fake.cov)
         scores["IS"], scores["IS_deviation"] = inception_score(fake.probs, min(10, len(fake.probs)))
-    if real.kept is not None and fake.kept is not None:
+    if real.kept is not None:
         # Of all images all subsets would be the same.
         kid = kernel_distance(real.kept, fake.kept, size=min(1000, len(real.kept) // 2, len(fake.kept) // 2))
         scores["KID"], scores["KID_deviation"] = 1000 * kid[0], 1000 * kid[1]
         scores["precision"], scores["recall"] = precision_recall(real.kept, fake.kept)
-    if real.pixels is not None and fake.pixels is not None:
+    if real.pixels is not None:
         n = min(len(real.pixels), len(fake.pixels))
         distances = pyramid_distances(real.pixels[:n], fake.pixels[:n])
         scores["SWD"] = 1000 * sum(distances.values()) / len(distances)
@@ -379,7 +375,8 @@ def sets_to_score(o, inception):
     if o.fake:
         data = open_data(o.fake)
         yield o.fake, None, data.resolution, features_of_data(data, None, inception)
-    for weights in [] if o.fake else o.weights or [None]:
+        return
+    for weights in o.weights or [None]:
         G = read_generator(weights)
         for truncation in o.trunc or [None]:
             samples = features_of_samples(prepare(G, truncation), o.n, o.seed, inception)
@@ -388,17 +385,17 @@ def sets_to_score(o, inception):
 
 def main(arguments):
     o = parse(arguments)
-    device, inception, real, results = pick_device(), None, None, []
+    device, inception, reals, results = pick_device(), None, {}, []
     keep_freed_memory()
     if o.inception != "none":
         path = o.inception or fetch(INCEPTION, CACHE / INCEPTION.rpartition("/")[2], "6726825d")
         inception = Inception(path).to(device)
     start_processes()
     for name, truncation, resolution, fake in sets_to_score(o, inception):
-        real = real or real_features(o, resolution, inception)
+        if resolution not in reals:
+            reals[resolution] = real_features(o, resolution, inception)
+        real = reals[resolution]
         if rank() == 0:
-            if results and results[0]["resolution"] != resolution:
-                raise UserError("score weights of different resolutions one by one")
             scores = compare(real, fake)
             if not scores:
                 raise UserError("statistics need Inception: leave out --inception none")

@@ -39,11 +39,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 from torch.distributed.rendezvous import rendezvous
 
 from biggan import (MODELS, Discriminator, Generator, ModelConfig, fold_spectral_norm, processes, rank,
-                    scaled_normal, standing_statistics, truncated_normal)
+                    scaled_normal, standing_statistics, truncated_normal, widths)
 
 
 # ---------------------------------------------------------------- errors, files, processes
@@ -52,7 +52,8 @@ class UserError(Exception):
     """A user's mistake, as one sentence that names the thing and the remedy. Ends a command with status 2."""
 
 
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))   # of this process on its machine, under torchrun
+# Of torchrun: how many processes, and which of those on its machine this one is.
+WORLD, LOCAL_RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
 
 
 def run(main):
@@ -76,10 +77,10 @@ def run(main):
     leave(status)
 
 
-def say(*words, **options):
+def say(*words):
     """Print, in the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(*words, flush=True, **options)
+        print(*words, flush=True)
 
 
 def warn(*words):
@@ -148,7 +149,7 @@ def pick_device():
 
 def start_processes():
     """Join the other processes, if torchrun has started several. Returns when all have joined."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if WORLD > 1:
         # A prefix per restart: torchrun --max-restarts keeps the dead processes' addresses in the store.
         store, own_rank, size = next(rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -163,22 +164,19 @@ def stop_processes():
 
 
 def own_rows_of(n, at_once, what):
-    """Yields rows r, r + P, r + 2 P, ... of n in process r of P, some at once, and says how far it is."""
-    own = np.arange(rank(), n, processes())
+    """Yields this process's part of the rows 0 to n - 1, some at once, and says how far it is."""
+    own = np.array_split(np.arange(n), processes())[rank()]
     blocks = np.array_split(own, -(-len(own) // at_once))
     return progress(blocks, len(blocks), what)
 
 
-def gather_rows(own, n):
-    """Rows r, r + P, r + 2 P, ... of an array in process r of P -> the whole array of n rows, in all."""
-    parts = [own]
+def gather_rows(own):
+    """Each process's rows, in blocks -> the whole array, in all processes."""
+    own = np.concatenate(own)
+    parts = [own] * processes()
     if processes() > 1:
-        parts = [None] * processes()
         dist.all_gather_object(parts, own)
-    whole = np.empty((n, *own.shape[1:]), own.dtype)
-    for first, part in enumerate(parts):
-        whole[first::processes()] = part
-    return whole
+    return np.concatenate(parts)
 
 
 def keep_freed_memory():
@@ -300,14 +298,13 @@ def fetch(url, path, hash_prefix=None):
 def find_weights(weights):
     """What was typed after --weights, or None -> the content of the file, and its path."""
     if weights is None:
-        runs = sorted(Path("runs").glob("*/checkpoints/step-*.pt"), key=os.path.getmtime)
-        weights = runs[-1].parent.parent if runs else "biggan-deep-256"
-        say(f"drawing with {weights}; --weights chooses another", file=sys.stderr)
+        newest = max(Path("runs").glob("*/checkpoints/step-*.pt"), key=os.path.getmtime, default=None)
+        weights = newest.parent.parent if newest else "biggan-deep-256"
+        say(f"drawing with {weights}; --weights chooses another")
     source = BY_NAME.get(weights, str(weights))
     path = fetch(source, CACHE / re.sub(r"\W+", "-", source)) if "://" in source else Path(source)
-    content, newest = newest_checkpoint(path) if path.is_dir() else (None, None)
-    if content:
-        return content, newest
+    if checkpoints_of(path):
+        return newest_checkpoint(path)
     if not path.is_file():
         raise UserError(f"--weights {weights} is neither a run folder with a checkpoint, nor a file, a URL "
                         f"or one of {', '.join(BY_NAME)}")
@@ -358,7 +355,7 @@ def from_port(state, path):
     if beside != path and beside.is_file():
         D = rename(read_tensors(beside), PORT_NAMES)
     model, n_classes = MODELS[f"biggan{4 * 2**count_blocks(G)}"], len(G["shared.weight"])
-    ch = G["to_rgb.weight"].shape[1] // model.g_channels[-1]
+    ch = G["to_rgb.weight"].shape[1] // widths(model.g_channels, 1)[-1]
     config = dataclasses.replace(model, ch=ch, n_classes=n_classes, sn_eps=1e-6, bn_eps=1e-5)
     return Weights(config, G, D=D, moments=moments_of(G))
 
@@ -408,12 +405,12 @@ def prepare(G, truncation=None):
 
     truncation: None for the widest that the weights were made for."""
     noise, widest = (scaled_normal, 1.0) if G.scaled else (truncated_normal, math.inf)
-    G.truncation = widest if truncation is None else truncation
-    if not 0 < G.truncation <= widest:
+    t = widest if truncation is None else truncation
+    if not 0 < t <= widest:
         raise UserError(f"--trunc {truncation:g} must be above 0 and at most {widest:g} for these weights")
-    G.noise = lambda shape, generator=None: noise(shape, G.truncation, generator)
+    G.noise = lambda shape, generator=None: noise(shape, t, generator)
     if G.moments and (G.scaled or truncation is None):
-        G.load_state_dict({name: interpolate(m, G.truncation) for name, m in G.moments.items()}, strict=False)
+        G.load_state_dict({name: interpolate(m, t) for name, m in G.moments.items()}, strict=False)
         return G
     return standing_statistics(G, noise=G.noise)
 
@@ -468,7 +465,7 @@ def write_npz(G, classes, n, seed, out):
     """n images, the classes in turn, as arr_0 (n, R, R, 3) uint8 and arr_1 (n,). All processes draw."""
     labels = np.resize(classes, n)
     drawn = [draw_seeds(G, labels[rows], seed + rows, G.noise) for rows in own_rows_of(n, 16, "drawing")]
-    images = gather_rows(np.concatenate(drawn), n)
+    images = gather_rows(drawn)
     if rank() == 0:
         save_atomically(out, lambda f: np.savez(f, images, labels))
 
@@ -504,14 +501,13 @@ def class_title(classes, k):
 
 def class_indices(wanted, classes):
     """What was typed after --class -> class indices: a name, ImageNet word, number, or part of one name."""
-    names = [", ".join([name, *imagenet_words().get(name, [])]).lower() for name in classes]
+    names = [[word.lower() for word in (name, *imagenet_words().get(name, []))] for name in classes]
     indices = []
     for text in map(str.lower, wanted):
-        found = [k for k, words in enumerate(names) if text in words.split(", ") or text == "all"]
-        if not found and text.isdecimal():
-            found = [k for k in range(len(classes)) if k == int(text)]
-        part = re.compile(rf"\b{re.escape(text)}\b")
-        found = found or [k for k, words in enumerate(names) if part.search(words)]
+        exact = [k for k, words in enumerate(names) if text in words or text == "all"]
+        number = [k for k in range(len(classes)) if text == str(k)]
+        part = [k for k, words in enumerate(names) if text in " ".join(words)]
+        found = exact or number or part
         if len(found) != 1 and text != "all":
             titles = ", ".join(class_title(classes, k) for k in (found or range(len(classes)))[:20])
             raise UserError(f"--class {text} must be one of {len(classes)}, by number or name: {titles}")
@@ -523,35 +519,26 @@ def class_indices(wanted, classes):
 
 def seed_rows(G, classes, n, seed, truncations):
     """A row for each truncation and class, a column per seed: from variety to typicality (figure 2)."""
-    rows = []
-    for t in truncations:
-        prepare(G, t)
-        for k in classes:
-            label = class_title(G.classes, k) + (f", {t:g}" if t else "")
-            rows.append((label, draw_seeds(G, [k] * n, range(seed, seed + n), G.noise)))
-    return rows
+    labels, seeds, images = np.repeat(classes, n), np.resize(range(seed, seed + n), n * len(classes)), []
+    titles = ", ".join(class_title(G.classes, k) for k in classes)
+    for truncation in truncations:
+        say(f"drawing {titles}" + f", truncation {truncation}" * bool(truncation))
+        prepare(G, truncation)
+        images.append(draw_seeds(G, labels, seeds, G.noise))
+    return np.concatenate(images)
 
 
 def interpolation_rows(G, classes, n, seed):
     """From one noise vector to the next, from one class to another, and both at once (figure 8)."""
     if len(classes) != 2 or not G.config.shared_dim:
         raise UserError("interpolation needs two classes, --class A B, and a shared class embedding")
-    z_start, z_end = seeded_noise([seed, seed + 1], G.config.z_dim, G.noise)
-    y_start, y_end = G.shared.weight[classes].cpu()
     t = torch.linspace(0, 1, n)[:, None]
-    z = torch.lerp(z_start, z_end, t) / (t**2 + (1 - t)**2).sqrt()      # the root keeps the noise's variance
-    y = torch.lerp(y_start, y_end, t)
-    one_z, one_y = z[:1].expand_as(z), y[:1].expand_as(y)
-    return [("noise", draw(G, z, one_y)), ("class", draw(G, one_z, y)), ("both", draw(G, z, y))]
-
-
-def labelled(labels, grid):
-    """A grid with a label in front of each row."""
-    sheet = ImageOps.expand(grid, (8 + 6 * max(map(len, labels)), 0, 0, 0), "white")
-    for k, label in enumerate(labels):
-        middle = (k + 0.5) * grid.height / len(labels)
-        ImageDraw.Draw(sheet).text((4, middle), label, "black", anchor="lm")
-    return sheet
+    z = torch.lerp(*seeded_noise([seed, seed + 1], G.config.z_dim, G.noise), t)
+    z = z / (t**2 + (1 - t)**2).sqrt()              # keeps the noise's variance
+    y = torch.lerp(*G.shared.weight[classes].cpu(), t)
+    z0, y0 = z[:1].expand_as(z), y[:1].expand_as(y)
+    say("drawing one row in which the noise changes, one in which the class does, one in which both do")
+    return draw(G, torch.cat([z, z0, z]), torch.cat([y0, y, y]))
 
 
 # ---------------------------------------------------------------- the command
@@ -563,7 +550,7 @@ class Options:
     trunc: float = None             # truncation, such as 0.5
     n: int = 8                      # images per class
     seed: int = 0                   # seed of the first image
-    sheet: str = None               # a picture with labels
+    sheet: str = "classes"          # what the rows of the picture are
     npz: int = None                 # not a picture: so many images, the classes in turn
     export: bool = False            # not a picture: the generator alone, as a small file
     out: str = None                 # sample.png, sample.npz or generator.pt unless given
@@ -572,31 +559,27 @@ class Options:
 def parse(arguments):
     sheets = {"sheet": ["classes", "truncation", "interpolation"]}
     o = Options(**read_options(Options, arguments, __doc__, sheets))
-    world = int(os.environ.get("WORLD_SIZE", 1))
     if o.seed < 0 or min(o.n, 1 if o.npz is None else o.npz) < 1:
         raise UserError("--n and --npz must be at least 1, --seed at least 0")
-    if bool(o.sheet) + bool(o.npz) + o.export > 1:
-        raise UserError("give one of --sheet, --npz and --export")
-    if world > (o.npz or 1):
-        raise UserError(f"{world} processes share --npz, of at least {world} images, and nothing else")
+    if o.npz and o.export:
+        raise UserError("give one of --npz and --export")
+    if WORLD > (o.npz or 1):
+        raise UserError(f"{WORLD} processes share --npz, of at least {WORLD} images, and nothing else")
     usual = "sample.npz" if o.npz else "generator.pt" if o.export else "sample.png"
     o.out = check_output(o.out or usual, Path(usual).suffix)
     return o
 
 
 def picture(G, classes, o):
-    """What --sheet asks for, or plain rows of images; one class alone makes about a square."""
+    """What --sheet asks for; one class alone makes about a square."""
     if o.sheet == "interpolation":
-        rows = interpolation_rows(prepare(G, o.trunc), classes, o.n, o.seed)
+        images = interpolation_rows(prepare(G, o.trunc), classes, o.n, o.seed)
     else:
         truncations = [o.trunc]
         if o.sheet == "truncation":
             truncations = [1, 0.8, 0.6, 0.4, 0.04] if G.scaled else [2, 1.5, 1, 0.5, 0.04]
-        rows = seed_rows(G, classes, o.n, o.seed, truncations)
-    labels, images = zip(*rows)
-    columns = o.n if o.sheet or len(rows) > 1 else math.ceil(math.sqrt(o.n))
-    grid = image_grid(np.concatenate(images), columns)
-    return labelled(labels, grid) if o.sheet else grid
+        images = seed_rows(G, classes, o.n, o.seed, truncations)
+    return image_grid(images, o.n if len(images) > o.n else math.ceil(math.sqrt(o.n)))
 
 
 def main(arguments):
@@ -610,7 +593,7 @@ def main(arguments):
         if o.npz:
             write_npz(prepare(G, o.trunc), classes, o.npz, o.seed, o.out)
         else:
-            sheet = picture(G, classes if o.class_ else classes[::max(1, len(classes) // 10)][:10], o)
+            sheet = picture(G, classes if o.class_ else classes[:10], o)
             save_atomically(o.out, lambda f: sheet.save(f, "PNG"))
     say("written:", o.out)
     stop_processes()

@@ -19,7 +19,6 @@ Reading order: settings; data; the training step (in a hurry: `step_D`, `step_G`
 collapse; a run and its folder; the loop; how fast it is.
 """
 
-import cmath
 import copy
 import dataclasses
 import fcntl
@@ -33,9 +32,8 @@ import sys
 import tarfile
 import time
 import warnings
-import zipfile
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,16 +42,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from biggan import (AUGMENTATIONS, EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, augment,
                     clamp_sigma, fold_spectral_norm, gradient_penalty, matrix_layers,
                     orthogonal_regularisation, processes, r1_penalty, rank, sigma_pull, singular_values,
                     standing_statistics, truncated_normal)
-from sample import (LOCAL_RANK, UserError, checkpoints_of, draw_seeds, fetch, image_grid, keep_freed_memory,
-                    newest_checkpoint, pick_device, progress, read_options, read_weights, run,
-                    save_atomically, say, start_processes, stop_processes, wait_for, warn)
+from sample import (LOCAL_RANK, WORLD, UserError, checkpoints_of, draw_seeds, fetch, image_grid,
+                    keep_freed_memory, newest_checkpoint, pick_device, progress, read_options, read_weights,
+                    run, save_atomically, say, start_processes, stop_processes, wait_for, warn)
 
 
 # ---------------------------------------------------------------- settings
@@ -157,18 +156,15 @@ def parse_settings(arguments):
     if s.init:
         s.model = s.ch = s.shared_dim = None        # the weights' own
         s.ema_start = typed.get("ema_start", 0)     # there are no random first weights to forget
-    else:
-        s.ch = s.ch or MODELS[s.model].ch
-        s.shared_dim = MODELS[s.model].shared_dim if s.shared_dim is None else s.shared_dim
     try:
-        check_settings(s, int(os.environ.get("WORLD_SIZE", 1)))
+        check_settings(s)
     except AssertionError as mistake:
         raise UserError(mistake) from None
     return s
 
 
-def check_settings(s, world):
-    """Asserts, with sentences for the user, that these settings can work together on so many processes."""
+def check_settings(s):
+    """Asserts, with sentences for the user, that these settings can work together."""
     at_once, missing = s.micro_batch or s.batch, [s.sigma_fixed, s.sigma_ratio].count(None)
     counts = [s.steps, at_once, s.d_steps, s.keep, s.keep_every, s.log_every, s.eval_every, s.sample_every,
               s.save_every]
@@ -179,71 +175,73 @@ def check_settings(s, world):
     assert not (s.benchmark and s.init), "--benchmark times --model: leave out --init"
     assert s.data or s.benchmark, "--data DIR is missing, with one sub-folder of images per class"
     assert s.batch % at_once == 0, f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}"
-    assert at_once % world == 0, f"{world} processes cannot share {at_once} images equally; choose a multiple"
+    assert at_once % WORLD == 0, f"{WORLD} processes cannot share {at_once} images equally; choose a multiple"
     assert missing == 1 or missing == 2 and not s.sigma_pull, "give one of --sigma-fixed and --sigma-ratio"
     unknown = set(filter(None, s.augment.split(","))) - AUGMENTATIONS.keys()
     assert not unknown, f"--augment {s.augment} must be some of {','.join(AUGMENTATIONS)}"
-    assert s.init or s.ch % 8 == 0, f"--ch must be a multiple of 8, not {s.ch}, for attention's eighth of it"
-    s.init or model_config(s)                       # which has asserts of its own
+    assert s.init or model_config(s).ch % 8 == 0, "--ch must be a multiple of 8, for attention's eighth of it"
 
 
-def model_config(s, n_classes=1):
+def model_config(s, **changes):
     """The architecture that the settings ask for. AssertionError if they contradict each other."""
-    return dataclasses.replace(MODELS[s.model], ch=s.ch, shared_dim=s.shared_dim, n_classes=n_classes)
+    typed = {name: getattr(s, name) for name in ("ch", "shared_dim") if getattr(s, name) is not None}
+    return dataclasses.replace(MODELS[s.model], **typed, **changes)
 
 
 # ---------------------------------------------------------------- data
-# A data set has a length, `classes` (names), `labels` (n,) and items: an image (R, R, 3) uint8 and its label.
 
 Image.MAX_IMAGE_PIXELS = None                       # the user's own files may have any size
 
 
-def star(x, y):
-    arm = abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)    # angle to the nearest of five
-    return np.hypot(x, y) * (np.cos(arm) + 2.67 * np.sin(arm)) < 1
-
-
-SHAPES = {  # name: whether points are inside; all lie in a circle of radius 1, y downwards
-    "arrow": lambda x, y: (abs(x) < .88 * (y + 1)) & (y < -.15) | (abs(x) < .28) & (abs(y - .4) < .55),
-    "circle": lambda x, y: np.hypot(x, y) < .9,
-    "crescent": lambda x, y: (np.hypot(x, y) < 1) & (np.hypot(x - .5, y + .1) > .85),
-    "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < .3) & (np.maximum(abs(x), abs(y)) < .95),
-    "diamond": lambda x, y: abs(x) / .6 + abs(y) < 1,
-    "heart": lambda x, y: (x / .88)**2 + (1.42 * (.2 - y) - np.sqrt(abs(x) / .88))**2 < 1,
-    "ring": lambda x, y: abs(np.hypot(x, y) - .78) < .22,
-    "square": lambda x, y: np.maximum(abs(x), abs(y)) < .75,
-    "star": star,
-    "triangle": lambda x, y: (abs(x) < .54 * (y + 1)) & (y < .75),
-}
-
-
-class Shapes:
-    """Ten classes of drawn shapes: bright on dark, of any hue, size and place. Image i is fixed."""
-
-    def __init__(self, resolution, held_out=False):
-        self.resolution, self.classes, self.first = resolution, list(SHAPES), 1_000_000 * held_out
-        self.labels = np.arange(1_000_000) % len(SHAPES)
+class DataSet:
+    """`resolution`, `classes` (names), `labels` (n,), and items: an image (R, R, 3) uint8 and its label."""
 
     def __len__(self):
         return len(self.labels)
 
+
+SHAPES = "arrow circle crescent cross diamond heart ring square star triangle".split()
+DRAWN = """\
+....#.... ..#####.. ...####.. ...###... ....#.... .##...##. ..#####.. ......... ....#.... ....#....
+...###... .#######. .####.... ...###... ...###... ####.#### .#######. .#######. ....#.... ....#....
+..#####.. ######### ####..... ...###... ..#####.. ######### ###...### .#######. ...###... ...###...
+.#######. ######### ###...... ######### .#######. ######### ##.....## .#######. ######### ...###...
+...###... ######### ###...... ######### ######### .#######. ##.....## .#######. .#######. ..#####..
+...###... ######### ###...... ######### .#######. .#######. ##.....## .#######. ..#####.. ..#####..
+...###... ######### ####..... ...###... ..#####.. ..#####.. ###...### .#######. ..#####.. .#######.
+...###... .#######. .####.... ...###... ...###... ...###... .#######. .#######. .###.###. .#######.
+...###... ..#####.. ...####.. ...###... ....#.... ....#.... ..#####.. ......... .#.....#. #########"""
+
+
+class Shapes(DataSet):
+    """Ten classes of drawn shapes: bright on dark, of any hue, size and place. Image i is fixed."""
+
+    def __init__(self, resolution, held_out=False):
+        self.resolution, self.classes, self.first = resolution, SHAPES, 1_000_000 * held_out
+        self.labels, self.masks = np.arange(1_000_000) % len(SHAPES), []
+        drawn = np.array([[list(shape) for shape in line.split()] for line in DRAWN.splitlines()])
+        for cells in np.uint8(255 * (drawn == "#")).swapaxes(0, 1):     # (9, 9), with stairs for slopes
+            mask = Image.fromarray(np.pad(cells, 1)).resize((88, 88), Image.Resampling.BICUBIC)
+            mask = mask.filter(ImageFilter.GaussianBlur(4))             # half a cell: stairs become slopes
+            self.masks.append(mask.point(lambda value: 255 * (value > 127)))
+
     def __getitem__(self, i):
         R, rng = self.resolution, np.random.default_rng(self.first + i)
-        line = np.linspace(0, 1, 4 * R, dtype=np.float32)  # four points per pixel, averaged below
-        place, tilt, size = complex(*rng.uniform(.44, .56, 2)), rng.uniform(-.2, .2), rng.uniform(.28, .40)
-        point = (line + 1j * line[:, None] - place) * cmath.exp(1j * tilt) / size
-        inside = SHAPES[self.classes[i % 10]](point.real, point.imag)
-        mask = inside.reshape(R, 4, R, 4).mean((1, 3))[:, :, None]
+        side = int(R * rng.uniform(.64, .84))
+        corner = ((R - side) / 2 + R * rng.uniform(-.06, .06, 2)).astype(int)
+        mask = self.masks[i % 10].rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
         # A saturated colour of any hue (one channel full, one empty to half, one in between) on any dark one.
-        bright, dark = rng.permutation(rng.uniform((200, 0, 0), (255, 100, 255))), rng.uniform(0, 76, 3)
-        return (mask * bright + (1 - mask) * dark).astype(np.uint8), i % 10
+        bright, dark = rng.permutation(rng.integers((200, 0, 0), (256, 100, 256))), rng.integers(0, 77, 3)
+        image = Image.new("RGB", (R, R), tuple(dark))
+        image.paste(tuple(bright), tuple(corner), mask.resize((side, side), Image.Resampling.BOX))
+        return np.array(image), i % 10
 
 
-class ImageFolder:
+class ImageFolder(DataSet):
     """A folder with one sub-folder of images per class, in sorted order, or of images of one class.
 
     Any file type, colour mode and size that Pillow opens. A file that cannot be decoded is named in a warning
-    and replaced by the next of its class. resolution: None for the power of two that fits the first image."""
+    and replaced by the next. resolution: None for the power of two that fits the first image."""
 
     def __init__(self, root, resolution):
         folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".") or [root]
@@ -257,19 +255,15 @@ class ImageFolder:
         self.labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in files])
         self.resolution = resolution or 2**int(math.log2(min(Image.open(self.paths[0]).size)))
 
-    def __len__(self):
-        return len(self.labels)
-
     def __getitem__(self, i):
-        first, end = np.searchsorted(self.labels, [self.labels[i], self.labels[i] + 1])
-        for j in [*range(i, end), *range(first, i)]:
+        for i in itertools.chain(range(i, len(self)), range(i)):
             try:
-                if j not in self.broken:
-                    return load_image(self.paths[j], self.resolution), int(self.labels[i])
+                if i not in self.broken:
+                    return load_image(self.paths[i], self.resolution), int(self.labels[i])
             except Exception as reason:             # Pillow raises whatever its decoders do
-                self.broken.add(j)
-                warn(f"skipped {os.fsdecode(self.paths[j])}: {reason}")
-        raise UserError(f"no image of the class {self.classes[self.labels[i]]} can be read")
+                self.broken.add(i)
+                warn(f"skipped {os.fsdecode(self.paths[i])}: {reason}")
+        raise UserError("none of the images can be read")
 
 
 READABLE = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -295,15 +289,12 @@ def load_image(path, resolution):
     return np.array(ImageOps.fit(image, (resolution, resolution), how))
 
 
-class Arrays:
+class Arrays(DataSet):
     """Images (N, R, R, 3) uint8 in memory or on the disk, labels (N,) and the class names."""
 
     def __init__(self, images, labels, classes=None):
         self.images, self.labels, self.resolution = images, np.asarray(labels), images.shape[1]
         self.classes = classes or [str(k) for k in range(self.labels.max() + 1)]
-
-    def __len__(self):
-        return len(self.labels)
 
     def __getitem__(self, i):
         return np.array(self.images[i]), int(self.labels[i])    # a copy, which may be written to
@@ -313,7 +304,7 @@ class Arrays:
 
 def pack(data, folder, workers=0):
     """Decode a data set once, into a packed folder. If it is interrupted, start again."""
-    folder, R = Path(folder), data.resolution
+    folder, R, labels = Path(folder), data.resolution, []
     folder.mkdir(parents=True, exist_ok=True)
     if {path.name for path in folder.iterdir()} - {"images.npy"}:      # which an interrupted one leaves
         raise UserError(f"{folder} holds other files, or is packed already; choose another")
@@ -322,11 +313,12 @@ def pack(data, folder, workers=0):
     with open(folder / "images.npy", "wb") as f:
         np.lib.format.write_array_header_1_0(f, header)
         os.posix_fallocate(f.fileno(), 0, f.tell() + len(data) * R * R * 3)     # a disk too small says so now
-        for images, _ in progress(loader, len(loader), "packing"):
+        for images, y in progress(loader, len(loader), "packing"):
             f.write(images.numpy())
+            labels += y.tolist()
         f.flush()
         os.fsync(f.fileno())
-    described = json.dumps({"labels": data.labels.tolist(), "classes": data.classes})
+    described = json.dumps({"labels": labels, "classes": data.classes})
     save_atomically(folder / "packed.json", lambda f: f.write(described.encode()))
 
 
@@ -366,7 +358,7 @@ def open_data(source, resolution=None, held_out=False):
             data = Arrays(np.load(path / "images.npy", mmap_mode="r"), **described)
         else:
             data = ImageFolder(path, resolution)
-    except (OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{source} does not hold images and labels: {error}") from None
     if resolution not in (None, data.resolution):
         raise UserError(f"{source} has images of {data.resolution} pixels, not {resolution}; make it again")
@@ -374,11 +366,11 @@ def open_data(source, resolution=None, held_out=False):
 
 
 def some_images(data, seed, n, classes):
-    """n images at most, the first ones of some classes chosen at random: (n, R, R, 3) uint8, labels (n,)."""
+    """n images at most, the first ones of some classes chosen at random: (n, 3, R, R), labels (n,)."""
     chosen = np.random.default_rng(seed).permutation(len(data.classes))[:classes]
     rows = [int(i) for y in chosen for i in np.flatnonzero(data.labels == y)[:n // len(chosen)]]
     images, labels = zip(*(data[i] for i in rows))
-    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+    return to_network(torch.from_numpy(np.stack(images))), torch.tensor(labels)
 
 
 def to_device(tensor, device):
@@ -387,9 +379,9 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def to_network(images, device):
+def to_network(images):
     """(N, R, R, 3) uint8 -> (N, 3, R, R) in [-1, 1], channels last in memory."""
-    return to_device(images, device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def generator_for(*numbers):
@@ -429,7 +421,7 @@ def batches(data, s, step, device):
     loader = torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers, pin_memory=cuda,
                                          worker_init_fn=ignore_signals)
     for number, (x, y) in enumerate(loader, start=first):
-        x, generator = to_network(x, device), generator_for(s.seed, number, 0, 1)   # 1: not the noise
+        x, generator = to_network(to_device(x, device)), generator_for(s.seed, number, 0, 1)    # 1: no noise
         mirrored = torch.rand(s.batch, generator=generator)[rows] < s.flip
         x = torch.where(to_device(mirrored, device).view(-1, 1, 1, 1), x.flip(3), x)
         yield x, to_device(y, device)
@@ -452,7 +444,7 @@ def ignore_signals(worker):
 class Trainer:
     """G, D, their optimisers and the EMA, and the step that moves them. Knows nothing about files."""
 
-    SAVED = "G", "D", "G_ema", "opt_G", "opt_D", "scaler_G", "scaler_D"
+    SAVED = "G", "D", "G_ema", "opt_G", "opt_D", "scaler"
 
     def __init__(self, s, config, device):
         torch.manual_seed(s.seed)                   # the same first weights in every process
@@ -475,8 +467,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = True       # all steps have the same shapes
         # Many gradients would be too small for float16: the scaler multiplies the loss by a large number,
         # divides the gradients by it, and where they overflow skips the update and halves the number.
-        fp16 = self.half == torch.float16
-        self.scaler_G, self.scaler_D = (torch.amp.GradScaler(device.type, enabled=fp16) for _ in "GD")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.half == torch.float16)
         if s.compile:
             self.G.compile(dynamic=False)
             self.D.compile(dynamic=False)
@@ -502,10 +493,6 @@ class Trainer:
     def autocast(self, half):
         return torch.autocast(self.device.type, half, enabled=half is not None)
 
-    def communicating(self, network, last):
-        """Around a micro-batch's passes: only the last one sends gradients to other processes."""
-        return network.no_sync() if processes() > 1 and not last else nullcontext()
-
     def train_step(self, real_batches):
         """d_steps updates of D, then one of G. Returns what the log wants, as tensors."""
         logged = defaultdict(float)
@@ -519,25 +506,24 @@ class Trainer:
         self.D.requires_grad_(True)                 # step_G has frozen it
         self.opt_D.zero_grad()
         real, real_y = real.to(self.dtype).split(self.micro), real_y.split(self.micro)
-        for k, (x, y, (z, fake_y, mix, r)) in enumerate(zip(real, real_y, self.noise(turn)), start=1):
+        for x, y, (z, fake_y, mix, r) in zip(real, real_y, self.noise(turn)):
             if s.loss == "wgan-gp":
                 fake_y = y                          # the penalty's lines join images of one class
-            with self.communicating(self.parallel_D, last=k == len(real)):
-                with self.autocast(self.half):
-                    with torch.no_grad():           # only D learns: no graph through G
-                        fake = augment(self.G(z, fake_y), s.augment, r[:, 0])
-                    x = augment(x, s.augment, r[:, 1])
-                    # In one call: D has no batch norm, so they do not mix, and a large batch is faster.
-                    both = torch.cat([x, fake]), torch.cat([y, fake_y])
-                    real_logits, fake_logits = self.parallel_D(*both).chunk(2)
-                penalty = real_logits.new_zeros(())
-                with self.autocast(None if s.precision == "fp16" else self.half):   # float16 would underflow
-                    if s.r1:
-                        penalty += s.r1 * r1_penalty(self.D.forward, x, y)     # .forward is uncompiled
-                    if s.loss == "wgan-gp":
-                        penalty += 10 * gradient_penalty(self.D.forward, x, fake, y, mix)
-                loss = self.loss_d(real_logits, fake_logits)
-                self.scaler_D.scale((loss + penalty) * weight).backward()
+            with self.autocast(self.half):
+                with torch.no_grad():               # only D learns: no graph through G
+                    fake = augment(self.G(z, fake_y), s.augment, r[:, 0])
+                x = augment(x, s.augment, r[:, 1])
+                # In one call: D has no batch norm, so they do not mix, and a large batch is faster.
+                both = torch.cat([x, fake]), torch.cat([y, fake_y])
+                real_logits, fake_logits = self.parallel_D(*both).chunk(2)
+            penalty = real_logits.new_zeros(())
+            with self.autocast(None if s.precision == "fp16" else self.half):   # float16 would underflow
+                if s.r1:
+                    penalty += s.r1 * r1_penalty(self.D.forward, x, y)      # .forward is uncompiled
+                if s.loss == "wgan-gp":
+                    penalty += 10 * gradient_penalty(self.D.forward, x, fake, y, mix)
+            loss = self.loss_d(real_logits, fake_logits)
+            self.scaler.scale((loss + penalty) * weight).backward()
             for name, value in (("D_real", real_logits.mean()), ("D_fake", fake_logits.mean()),
                                 ("D_loss", loss), ("D_penalty", penalty)):
                 logged[name] += value.detach() * weight / s.d_steps
@@ -550,18 +536,16 @@ class Trainer:
         self.opt_G.zero_grad()
         if s.ortho:                                 # depends on the weights alone: once
             ortho = orthogonal_regularisation(self.G)
-            self.scaler_G.scale(s.ortho * ortho).backward()
+            self.scaler.scale(s.ortho * ortho).backward()
             logged["ortho"] = ortho.detach()
         if s.sigma_pull:
-            self.scaler_G.scale(s.sigma_pull * sigma_pull(self.G, **goal)).backward()
-        micro_batches = list(self.noise(0))
-        for k, (z, y, _, r) in enumerate(micro_batches, start=1):
-            with self.communicating(self.parallel_G, last=k == len(micro_batches)):
-                with self.autocast(self.half):
-                    fake = self.parallel_G(z, y)
-                    fake_logits = self.D(augment(fake, s.augment, r[:, 0]), y)
-                loss = self.loss_g(fake_logits)
-                self.scaler_G.scale(loss * weight).backward()
+            self.scaler.scale(s.sigma_pull * sigma_pull(self.G, **goal)).backward()
+        for z, y, _, r in self.noise(0):
+            with self.autocast(self.half):
+                fake = self.parallel_G(z, y)
+                fake_logits = self.D(augment(fake, s.augment, r[:, 0]), y)
+            loss = self.loss_g(fake_logits)
+            self.scaler.scale(loss * weight).backward()
             logged["G_loss"] += loss.detach() * weight
         self.update("G", logged, 1)
         if (s.sigma_fixed or s.sigma_ratio) and not s.sigma_pull:
@@ -570,17 +554,16 @@ class Trainer:
         self.ema.update(self.G, self.step)
 
     def update(self, network, logged, share):
-        """One step of a network's optimiser. Logs the gradient's norm, and the updates that float16 skips."""
-        optimiser, scaler = getattr(self, f"opt_{network}"), getattr(self, f"scaler_{network}")
-        scaler.unscale_(optimiser)
+        """One step of a network's optimiser. Logs the gradient's norm, 0 where float16 skips the update."""
+        optimiser = getattr(self, f"opt_{network}")
+        self.scaler.unscale_(optimiser)
         grads = [p.grad for p in getattr(self, network).parameters() if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm(grads)).norm()
-        if scaler.is_enabled():
-            logged[f"{network}_skipped"] += (~norm.isfinite()).float() * share
-            norm = torch.where(norm.isfinite(), norm, 0)
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.scaler.is_enabled():
+            norm = norm.nan_to_num(0, 0, 0)
         logged[f"{network}_grad"] += norm * share
-        scaler.step(optimiser)
-        scaler.update()
+        self.scaler.step(optimiser)
+        self.scaler.update()
 
     def state_dict(self):
         state = {name: getattr(self, name).state_dict() for name in self.SAVED}
@@ -597,35 +580,32 @@ class Trainer:
         for network, state in states if weights.D else states[:2]:
             if classes != weights.classes:
                 tables = [name for name, m in network.named_modules() if isinstance(m, torch.nn.Embedding)]
-                own = network.state_dict().items()
-                state = state | {name: p for name, p in own if name.rpartition(".")[0] in tables}
-            network.load_state_dict(state)
+                state = {name: p for name, p in state.items() if name.rpartition(".")[0] not in tables}
+            network.load_state_dict(state, strict=False)
         say("started from --init" + " but for the embeddings of its classes" * (classes != weights.classes))
         if not weights.D:
             say("it has no D, whose random weights would spoil G: train D alone for a while (--g-lr 0), then "
                 "start from that run")
 
     @torch.no_grad()
-    def accuracy(self, images, labels):
-        """Of real images (N, R, R, 3) uint8, the part whose logits are above the decision threshold."""
-        self.D.eval()
+    def evaluated(self, network, inputs, labels):
+        """network(input, label) in evaluation mode, on the CPU; 16 at a time."""
+        network.eval()
         with self.autocast(self.half):
-            logits = [self.D(to_network(x, self.device).to(self.dtype), y.to(self.device))
-                      for x, y in zip(images.split(16), labels.split(16))]
-        self.D.train()
-        return (torch.cat(logits) > self.threshold).float().mean().item()
+            parts = [network(x.to(self.device, self.dtype), y.to(self.device)).cpu()
+                     for x, y in zip(inputs.split(16), labels.split(16))]
+        network.train()
+        return torch.cat(parts)
 
-    @torch.no_grad()
+    def accuracy(self, images, labels):
+        """Of real images (N, 3, R, R), the part whose logits are above the decision threshold."""
+        return (self.evaluated(self.D, images, labels) > self.threshold).float().mean().item()
+
     def diversity(self, real, labels):
-        """The spread of G's images within classes, relative to that of real ones (N, R, R, 3) uint8."""
+        """The spread of G's images within classes, relative to that of real ones (N, 3, R, R)."""
         z = truncated_normal((len(labels), self.config.z_dim), generator=generator_for(self.s.seed))
-        self.G.eval()
-        with self.autocast(self.half):
-            fake = [self.G(part_z.to(self.device, self.dtype), y.to(self.device)).cpu()
-                    for part_z, y in zip(z.split(16), labels.split(16))]
-        self.G.train()
-        real = to_network(real, torch.device("cpu"))
-        return spread_within(torch.cat(fake), labels) / max(1e-6, spread_within(real, labels))
+        fake = self.evaluated(self.G, z, labels)
+        return spread_within(fake, labels) / max(1e-6, spread_within(real, labels))
 
 
 # ---------------------------------------------------------------- signs of collapse
@@ -740,7 +720,7 @@ def stop_if_not_finite(trainer, means):
     wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
     for network in trainer.G, trainer.D, trainer.G_ema:
         wrong += [name for name, p in network.state_dict().items() if not p.isfinite().all()]
-    if min(trainer.scaler_G.get_scale(), trainer.scaler_D.get_scale()) < 2**-14:
+    if trainer.scaler.get_scale() < 2**-14:
         wrong += ["the scaled loss"]
     if wrong:
         give_up(f"training has diverged at step {trainer.step}: {wrong[0]} is not finite; nothing of it was "
@@ -838,11 +818,14 @@ def main(arguments):
         s.precision = "bf16" if fast else "fp32"
     if s.benchmark:
         start_processes()
-        benchmark(Trainer(s, model_config(s, MODELS[s.model].n_classes), device), s)
+        benchmark(Trainer(s, model_config(s), device), s)
         return stop_processes()
     checkpoint, _ = newest_checkpoint(s.out)
     initial = read_weights(s.init) if s.init and not checkpoint else None
-    config = initial.config if initial else ModelConfig(**checkpoint["model"]) if s.init else model_config(s)
+    if checkpoint:
+        config = ModelConfig(**checkpoint["model"])
+    else:
+        config = initial.config if initial else model_config(s)
     data = open_data(s.data, config.resolution)
     if s.pack:
         return pack(data, s.pack, s.workers or os.cpu_count())
@@ -875,30 +858,24 @@ def benchmark(trainer, s):
     device, R, n = trainer.device, trainer.config.resolution, len(trainer.rows)
     y = torch.zeros(n, dtype=torch.int64, device=device)
     real = itertools.repeat((torch.rand(n, 3, R, R, device=device) * 2 - 1, y))
-    step = seconds_of(lambda: trainer.train_step(real), s.benchmark, device)
-    step_D = seconds_of(lambda: trainer.step_D(*next(real), 1, defaultdict(float)), s.benchmark, device)
+    step = seconds_of(lambda: trainer.train_step(real), s.benchmark)
+    step_G = seconds_of(lambda: trainer.step_G(defaultdict(float)), s.benchmark)
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         trainer.train_step(real)
     side = 8192 if device.type == "cuda" else 2048
     a = torch.randn(side, side, device=device, dtype=trainer.half or trainer.dtype)
-    peak = 2e-12 * side**3 / seconds_of(lambda: a @ a, 10, device)
+    peak = 2e-12 * side**3 / seconds_of(lambda: a @ a, 10)
     tera = counter.get_total_flops() / 1e12         # 2 for a multiplication and an addition, also of zeros
     say(f"{s.batch * s.d_steps / step:.1f} real images per second; {1000 * step:.0f} ms per step: "
-        f"{s.d_steps} times {1000 * step_D:.0f} for D, {1000 * (step - s.d_steps * step_D):.0f} for G; "
+        f"{s.d_steps} times {1000 * (step - step_G) / s.d_steps:.0f} for D, {1000 * step_G:.0f} for G; "
         f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory; {tera:.3f} TFLOP per process, "
         f"{tera / step / peak:.0%} of a matrix product's {peak:.2f} per second")
 
 
-def seconds_of(work, times, device):
-    """Mean seconds that some work takes, after three times, in which the device is not waited for."""
-    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for k in range(3 + times):
-        if k == 3:                                  # the first ones compile and allocate
-            finish()
-            started = time.perf_counter()
-        work()
-    finish()
-    return (time.perf_counter() - started) / times
+def seconds_of(work, times):
+    """Mean seconds that some work takes, in which the device is not waited for; twice before to warm up."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.timeit(times).mean
 
 
 if __name__ == "__main__":
