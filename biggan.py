@@ -162,7 +162,7 @@ def per_channel(a):                                         # (C,) -> (1, C, 1, 
 
 
 def processes():                                            # how many train together, one per GPU
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank():                                                 # which of them this one is, from 0
@@ -489,16 +489,15 @@ class Discriminator(nn.Module):
             self.from_rgb = SNConv2d(config.sn_eps, 3, channels[0], 3)
         else:
             channels = [3, *channels]
-        self.blocks, self.attention_after, size = nn.ModuleList(), None, config.resolution
+        self.blocks, self.attention_after = nn.ModuleList(), None
         for i, (a, b) in enumerate(zip(channels, channels[1:])):
             down = i < config.d_down
-            size = size // 2 if down else size
             if config.deep:
                 self.blocks.append(DeepDBlock(a, b, down, config))
                 self.blocks.append(DeepDBlock(b, b, False, config))
             else:
                 self.blocks.append(DBlock(a, b, i == 0, down, config))
-            if down and size == config.d_attention:
+            if down and config.d_attention == config.resolution // 2**(i + 1):
                 self.attention, self.attention_after = SelfAttention(b, config.sn_eps), len(self.blocks)
         self.linear = SNLinear(config.sn_eps, channels[-1], 1)
         self.embed = SNEmbedding(config.sn_eps, config.n_classes, channels[-1])
@@ -551,10 +550,10 @@ class ModelConfig:
     skip_z: bool = True             # cut z into chunks: one for the first layer, one per block (section 3)
     deep: bool = False              # BigGAN-deep: bottleneck blocks that all see z and class (appendix B)
     d_wide: bool = True             # D's blocks widen in their first convolution; SN-GAN's in the second
-    g_sn: bool = True               # spectral norm in G too; SN-GAN has it in D alone
     rgb_filters: int = 3            # of G's last convolution; the first three make the image
-    sn_eps: float = 1e-4            # the paper's value for low precision, in spectral norm ...
-    bn_eps: float = 1e-4            # ... and in batch norm (appendix C)
+    sn_eps: float = 1e-4            # the paper's value for low precision, in spectral norm of D,
+    g_sn_eps: float | None = 1e-4   # of G (None: SN-GAN has spectral norm in D alone),
+    bn_eps: float = 1e-4            # and in batch norm (appendix C)
 
     def __post_init__(self):
         k = self.g_channels.count("-")                      # the number of doublings
@@ -577,10 +576,6 @@ class ModelConfig:
         """Length of the condition c in G's batch norms; 0 where it is the class index."""
         return self.shared_dim + (self.z_chunk if self.skip_z or self.deep else 0)
 
-    @property
-    def g_sn_eps(self):
-        return self.sn_eps if self.g_sn else None           # None: no spectral norm
-
 
 DEEP = dict(ch=128, skip_z=False, deep=True, rgb_filters=128)
 ROAD = dict(ch=64, skip_z=False, shared_dim=0)
@@ -600,8 +595,8 @@ MODELS = {  # resolution, channels of G and of D, halving blocks of D, attention
 
     # The road to BigGAN: SN-GAN with projection (Miyato & Koyama 2018), then SAGAN (Zhang et al. 2019), which
     # adds attention, spectral norm in G and a wide D, and with which table 1 of the paper starts.
-    "sngan128": ModelConfig(128, "16-16-8-4-2-1", "1-2-4-8-16-16", 5, 0, 0, 128, d_wide=False, g_sn=False,
-                            **ROAD),
+    "sngan128": ModelConfig(128, "16-16-8-4-2-1", "1-2-4-8-16-16", 5, 0, 0, 128, d_wide=False,
+                            g_sn_eps=None, **ROAD),
     "sagan128": ModelConfig(128, "16-16-8-4-2-1", "1-2-4-8-16-16", 5, 64, 64, 128, **ROAD),
 }
 

@@ -102,7 +102,6 @@ def sliced_wasserstein(a, b, projections=512, seed=0):
 
     On a line the optimal transport is known: the smallest point goes to the smallest, and so on."""
     a, b = torch.as_tensor(a), torch.as_tensor(b)
-    assert a.shape == b.shape, f"sets of different shapes: {tuple(a.shape)}, {tuple(b.shape)}"
     generator = torch.Generator().manual_seed(seed)
     directions = F.normalize(torch.randn(projections, a.shape[1], generator=generator, dtype=a.dtype), dim=1)
     total = 0.0
@@ -300,7 +299,7 @@ def features_of(images, n, inception, what):
 def features_of_data(data, n, inception):
     """Of the first n images in a fixed random order, or all if there are fewer."""
     order = np.random.default_rng(0).permutation(len(data))[:n]
-    images = lambda rows: np.stack([data[int(i)][0] for i in order[rows]])
+    images = lambda rows: np.stack([data[i][0] for i in order[rows]])
     return features_of(images, len(order), inception, "real images")
 
 
@@ -317,8 +316,8 @@ def compare(real, fake):
         scores["FID"] = frechet_distance(real.mu, real.cov, fake.mu, fake.cov)
         scores["IS"], scores["IS_deviation"] = inception_score(fake.probs, min(10, len(fake.probs)))
     if real.kept is not None:
-        # Of all images all subsets would be the same.
-        kid = kernel_distance(real.kept, fake.kept, size=min(1000, len(real.kept) // 2, len(fake.kept) // 2))
+        half = min(len(real.kept), len(fake.kept)) // 2     # subsets of all would all be the same
+        kid = kernel_distance(real.kept, fake.kept, size=min(1000, half))
         scores["KID"], scores["KID_deviation"] = 1000 * kid[0], 1000 * kid[1]
         scores["precision"], scores["recall"] = precision_recall(real.kept, fake.kept)
     if real.pixels is not None:

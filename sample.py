@@ -106,12 +106,15 @@ def read_options(table, arguments, description, choices={}):
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS, allow_abbrev=False)
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)", inspect.getsource(table), re.M))
-    kinds = {bool: {"action": "store_true"}, list[str]: {"nargs": "+", "metavar": "X"},
-             list[float]: {"nargs": "+", "metavar": "X", "type": float}}
     for f in dataclasses.fields(table):
-        one_of = {"choices": choices[f.name]} if f.name in choices else {"metavar": "X", "type": f.type}
-        kind = kinds.get(f.type, one_of)
-        default = "" if f.type is bool or f.default in (None, "") else f" (default: {f.default})"
+        kind = {"metavar": "X", "type": f.type}
+        if f.type is bool:
+            kind = {"action": "store_true"}
+        elif f.name in choices:
+            kind = {"choices": choices[f.name]}
+        elif f.type in (list[str], list[float]):
+            kind |= {"nargs": "+", "type": f.type.__args__[0]}
+        default = f" (default: {f.default})" if f.default else ""
         parser.add_argument("--" + f.name.strip("_").replace("_", "-"), dest=f.name, **kind,
                             help=comments[f.name] + default)
     return vars(parser.parse_args(arguments))
@@ -329,7 +332,7 @@ def count_blocks(state):
     return len({name.split(".")[1] for name in state if name.startswith("blocks.")})
 
 
-def from_deep(state, path):
+def from_deep(state):
     """DeepMind's BigGAN-deep as converted by Hugging Face. There is no D."""
     state = rename(state, DEEP_NAMES)
     for name in [name[:-1] for name in state if name.endswith(".u")]:
@@ -356,11 +359,12 @@ def from_port(state, path):
         D = rename(read_tensors(beside), PORT_NAMES)
     model, n_classes = MODELS[f"biggan{4 * 2**count_blocks(G)}"], len(G["shared.weight"])
     ch = G["to_rgb.weight"].shape[1] // widths(model.g_channels, 1)[-1]
-    config = dataclasses.replace(model, ch=ch, n_classes=n_classes, sn_eps=1e-6, bn_eps=1e-5)
+    config = dataclasses.replace(model, ch=ch, n_classes=n_classes, sn_eps=1e-6, g_sn_eps=1e-6,
+                                 bn_eps=1e-5)
     return Weights(config, G, D=D, moments=moments_of(G))
 
 
-def from_own(content, path):
+def from_own(content):
     """A checkpoint of train.py, or a file that --export wrote."""
     config, G_ema = ModelConfig(**content["model"]), content["G_ema"]
     moments = moments_of(G_ema) if "standing" in content else None
@@ -371,8 +375,12 @@ def read_weights(weights=None):
     """--weights, or None for the newest run -> Weights, finite and of the right shapes. Raises UserError."""
     content, path = find_weights(weights)
     try:
-        deep = "embeddings.weight" in content
-        found = (from_own if "G_ema" in content else from_deep if deep else from_port)(content, path)
+        if "G_ema" in content:
+            found = from_own(content)
+        elif "embeddings.weight" in content:
+            found = from_deep(content)
+        else:
+            found = from_port(content, path)
         found.classes = found.classes or class_names(found.config.n_classes)
         assert len(found.classes) == found.config.n_classes, "not as many names as classes"
         for state, network in (found.G_ema, Generator), (found.G, Generator), (found.D, Discriminator):
@@ -392,8 +400,9 @@ def read_generator(weights=None):
     """The EMA generator of these weights in eval mode, on the GPU if there is one, for `prepare`."""
     keep_freed_memory()
     found = read_weights(weights)
+    config = dataclasses.replace(found.config, g_sn_eps=None) if found.scaled else found.config
     with torch.device("meta"):
-        G = Generator(dataclasses.replace(found.config, g_sn=found.config.g_sn and not found.scaled))
+        G = Generator(config)
     G.load_state_dict(found.G_ema, assign=True)
     fold_spectral_norm(G.requires_grad_(False).eval().float())
     G.classes, G.scaled, G.moments = found.classes, found.scaled, found.moments
@@ -444,8 +453,8 @@ def draw(G, z, y):
 
 def seeded_noise(seeds, z_dim, noise=truncated_normal):
     """z (N, z_dim), row i from seeds[i] alone."""
-    generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-    return torch.cat([noise((1, z_dim), generator=generator) for generator in generators])
+    own = lambda seed: torch.Generator().manual_seed(int(seed))
+    return torch.cat([noise((1, z_dim), generator=own(seed)) for seed in seeds])
 
 
 def draw_seeds(G, labels, seeds, noise=truncated_normal):
@@ -551,7 +560,7 @@ class Options:
     n: int = 8                      # images per class
     seed: int = 0                   # seed of the first image
     sheet: str = "classes"          # what the rows of the picture are
-    npz: int = None                 # not a picture: so many images, the classes in turn
+    npz: int = 0                    # not a picture: so many images, the classes in turn
     export: bool = False            # not a picture: the generator alone, as a small file
     out: str = None                 # sample.png, sample.npz or generator.pt unless given
 
@@ -559,13 +568,15 @@ class Options:
 def parse(arguments):
     sheets = {"sheet": ["classes", "truncation", "interpolation"]}
     o = Options(**read_options(Options, arguments, __doc__, sheets))
-    if o.seed < 0 or min(o.n, 1 if o.npz is None else o.npz) < 1:
-        raise UserError("--n and --npz must be at least 1, --seed at least 0")
+    if o.n < 1 or min(o.npz, o.seed) < 0:
+        raise UserError("--n must be at least 1, --npz and --seed at least 0")
     if o.npz and o.export:
         raise UserError("give one of --npz and --export")
     if WORLD > (o.npz or 1):
         raise UserError(f"{WORLD} processes share --npz, of at least {WORLD} images, and nothing else")
-    usual = "sample.npz" if o.npz else "generator.pt" if o.export else "sample.png"
+    usual = "sample.npz" if o.npz else "sample.png"
+    if o.export:
+        usual = "generator.pt"
     o.out = check_output(o.out or usual, Path(usual).suffix)
     return o
 

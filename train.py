@@ -150,7 +150,7 @@ def parse_settings(arguments):
     typed = read(arguments)
     preset = PRESETS[typed.get("preset", Settings.preset)].split()
     s = Settings(**read(preset + arguments))
-    s.out = s.out or f"runs/{s.preset}"
+    s.out, s.micro_batch = s.out or f"runs/{s.preset}", s.micro_batch or s.batch
     if "data" in typed:                             # the preset's held-out images belong to its data
         s.held_out = typed.get("held_out")
     if s.init:
@@ -165,17 +165,17 @@ def parse_settings(arguments):
 
 def check_settings(s):
     """Asserts, with sentences for the user, that these settings can work together."""
-    at_once, missing = s.micro_batch or s.batch, [s.sigma_fixed, s.sigma_ratio].count(None)
-    counts = [s.steps, at_once, s.d_steps, s.keep, s.keep_every, s.log_every, s.eval_every, s.sample_every,
-              s.save_every]
+    missing = [s.sigma_fixed, s.sigma_ratio].count(None)
+    counts = [s.steps, s.micro_batch, s.d_steps, s.keep, s.keep_every, s.log_every, s.eval_every,
+              s.sample_every, s.save_every]
     assert min(counts) >= 1, "--batch, --steps, --keep and all counts of steps must be at least 1"
     assert min(s.g_lr, s.d_lr, s.ortho, s.r1) >= 0, "learning rates and penalties must be at least 0"
     second = s.r1 or s.loss == "wgan-gp"            # derivatives of gradients
     assert not (s.fused_attention and second), "leave out --fused-attention: the penalty is on gradients"
     assert not (s.benchmark and s.init), "--benchmark times --model: leave out --init"
     assert s.data or s.benchmark, "--data DIR is missing, with one sub-folder of images per class"
-    assert s.batch % at_once == 0, f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}"
-    assert at_once % WORLD == 0, f"{WORLD} processes cannot share {at_once} images equally; choose a multiple"
+    assert s.batch % s.micro_batch == 0, f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}"
+    assert s.micro_batch % WORLD == 0, f"{WORLD} processes cannot share {s.micro_batch} images equally"
     assert missing == 1 or missing == 2 and not s.sigma_pull, "give one of --sigma-fixed and --sigma-ratio"
     unknown = set(filter(None, s.augment.split(","))) - AUGMENTATIONS.keys()
     assert not unknown, f"--augment {s.augment} must be some of {','.join(AUGMENTATIONS)}"
@@ -266,12 +266,10 @@ class ImageFolder(DataSet):
         raise UserError("none of the images can be read")
 
 
-READABLE = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
 def images_in(folder):
-    """Paths, as bytes, of the files in a folder that Pillow opens by their ending, sorted."""
-    return sorted(bytes(p) for p in folder.iterdir() if p.suffix.lower() in READABLE and p.name[0] != ".")
+    """Paths, as bytes, of the files in a folder with an ending that Pillow knows, sorted."""
+    endings = Image.registered_extensions()
+    return sorted(bytes(p) for p in folder.iterdir() if p.suffix.lower() in endings and p.name[0] != ".")
 
 
 def load_image(path, resolution):
@@ -309,8 +307,8 @@ def pack(data, folder, workers=0):
     if {path.name for path in folder.iterdir()} - {"images.npy"}:      # which an interrupted one leaves
         raise UserError(f"{folder} holds other files, or is packed already; choose another")
     loader = torch.utils.data.DataLoader(data, batch_size=64, num_workers=workers)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(data), R, R, 3)}
     with open(folder / "images.npy", "wb") as f:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(data), R, R, 3)}
         np.lib.format.write_array_header_1_0(f, header)
         os.posix_fallocate(f.fileno(), 0, f.tell() + len(data) * R * R * 3)     # a disk too small says so now
         for images, y in progress(loader, len(loader), "packing"):
@@ -326,9 +324,9 @@ CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 
 
-def fetch_cifar10(folder, url=CIFAR10, sha256=CIFAR10_SHA256):
+def fetch_cifar10(folder):
     """The official archive of CIFAR-10, fetched once, checked, and packed into two folders."""
-    with tarfile.open(fetch(url, folder / "cifar-10-binary.tar.gz", sha256)) as tar:
+    with tarfile.open(fetch(CIFAR10, folder / "cifar-10-binary.tar.gz", CIFAR10_SHA256)) as tar:
         read = lambda name: tar.extractfile(f"cifar-10-batches-bin/{name}").read()
         classes = read("batches.meta.txt").decode().split()
         training = [f"data_batch_{k}.bin" for k in range(1, 6)]
@@ -368,7 +366,7 @@ def open_data(source, resolution=None, held_out=False):
 def some_images(data, seed, n, classes):
     """n images at most, the first ones of some classes chosen at random: (n, 3, R, R), labels (n,)."""
     chosen = np.random.default_rng(seed).permutation(len(data.classes))[:classes]
-    rows = [int(i) for y in chosen for i in np.flatnonzero(data.labels == y)[:n // len(chosen)]]
+    rows = [i for y in chosen for i in np.flatnonzero(data.labels == y)[:n // len(chosen)]]
     images, labels = zip(*(data[i] for i in rows))
     return to_network(torch.from_numpy(np.stack(images))), torch.tensor(labels)
 
@@ -409,7 +407,7 @@ def in_order(length, batch, position, seed, rows):
 
 def own_rows(s):
     """Which rows of a batch are this process's: an equal part of every micro-batch."""
-    part = (s.micro_batch or s.batch) // processes()
+    part = s.micro_batch // processes()
     return [row for row in range(s.batch) if row // part % processes() == rank()]
 
 
@@ -458,19 +456,18 @@ class Trainer:
         self.ema = EMA(self.G, s.ema, s.ema_start)
         self.G_ema = self.ema.model
         self.loss_d, self.loss_g, self.threshold = LOSSES[s.loss]
-        self.rows, self.micro = own_rows(s), (s.micro_batch or s.batch) // processes()
+        self.rows, self.micro = own_rows(s), s.micro_batch // processes()
         for network in self.G, self.D:
             if hasattr(network, "attention"):
                 network.attention.fused = s.fused_attention
+            if s.compile:
+                network.compile(dynamic=False)
         matmul = torch.backends.cuda.matmul         # sums of 16-bit products are float32, too
         matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cudnn.benchmark = True       # all steps have the same shapes
         # Many gradients would be too small for float16: the scaler multiplies the loss by a large number,
         # divides the gradients by it, and where they overflow skips the update and halves the number.
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.half == torch.float16)
-        if s.compile:
-            self.G.compile(dynamic=False)
-            self.D.compile(dynamic=False)
         self.parallel_G, self.parallel_D = self.G, self.D  # with gradients averaged over the processes
         if processes() > 1:
             # The strides of a 1x1 kernel can be written in two ways, which DDP takes for a difference.
@@ -531,7 +528,6 @@ class Trainer:
 
     def step_G(self, logged):
         s, weight = self.s, self.micro / len(self.rows)
-        goal = {"fixed": s.sigma_fixed, "ratio": s.sigma_ratio}
         self.D.requires_grad_(False)                # frozen: G's gradient passes through
         self.opt_G.zero_grad()
         if s.ortho:                                 # depends on the weights alone: once
@@ -539,7 +535,7 @@ class Trainer:
             self.scaler.scale(s.ortho * ortho).backward()
             logged["ortho"] = ortho.detach()
         if s.sigma_pull:
-            self.scaler.scale(s.sigma_pull * sigma_pull(self.G, **goal)).backward()
+            self.scaler.scale(s.sigma_pull * sigma_pull(self.G, s.sigma_fixed, s.sigma_ratio)).backward()
         for z, y, _, r in self.noise(0):
             with self.autocast(self.half):
                 fake = self.parallel_G(z, y)
@@ -549,7 +545,7 @@ class Trainer:
             logged["G_loss"] += loss.detach() * weight
         self.update("G", logged, 1)
         if (s.sigma_fixed or s.sigma_ratio) and not s.sigma_pull:
-            clamp_sigma(self.G, **goal)
+            clamp_sigma(self.G, s.sigma_fixed, s.sigma_ratio)
         self.step += 1
         self.ema.update(self.G, self.step)
 
@@ -576,13 +572,12 @@ class Trainer:
 
     def start_from(self, weights, classes):
         """Take over other weights; for other classes, all but the class embeddings, which stay random."""
-        states = [(self.G, weights.G or weights.G_ema), (self.G_ema, weights.G_ema), (self.D, weights.D)]
-        for network, state in states if weights.D else states[:2]:
-            if classes != weights.classes:
-                tables = [name for name, m in network.named_modules() if isinstance(m, torch.nn.Embedding)]
-                state = {name: p for name, p in state.items() if name.rpartition(".")[0] not in tables}
+        G, D, same = weights.G or weights.G_ema, weights.D or {}, classes == weights.classes
+        for network, state in (self.G, G), (self.G_ema, weights.G_ema), (self.D, D):
+            tables = [name for name, m in network.named_modules() if isinstance(m, torch.nn.Embedding)]
+            state = {name: p for name, p in state.items() if same or name.rpartition(".")[0] not in tables}
             network.load_state_dict(state, strict=False)
-        say("started from --init" + " but for the embeddings of its classes" * (classes != weights.classes))
+        say("started from --init" + " but for the embeddings of its classes" * (not same))
         if not weights.D:
             say("it has no D, whose random weights would spoil G: train D alone for a while (--g-lr 0), then "
                 "start from that run")
@@ -820,7 +815,7 @@ def main(arguments):
         start_processes()
         benchmark(Trainer(s, model_config(s), device), s)
         return stop_processes()
-    checkpoint, _ = newest_checkpoint(s.out)
+    out, (checkpoint, _) = Path(s.out), newest_checkpoint(s.out)
     initial = read_weights(s.init) if s.init and not checkpoint else None
     if checkpoint:
         config = ModelConfig(**checkpoint["model"])
@@ -837,9 +832,9 @@ def main(arguments):
     say(f"{s.precision} on {device}")
     described = {**dataclasses.asdict(s), "images": len(data), "classes": data.classes}
     if checkpoint:
-        check_run(Path(s.out), described)
+        check_run(out, described)
     start_processes()
-    lock = lock_run(Path(s.out), described) if rank() == 0 else None
+    lock = lock_run(out, described) if rank() == 0 else None
     trainer = Trainer(s, config, device)
     if checkpoint:
         trainer.load_state_dict(checkpoint)
