@@ -85,7 +85,6 @@ def precision_recall(real, fake, k=3):
     """Precision: the part of fake points (M, d) within reach of a real one (N, d), where a point reaches as
     far as its k-th nearest neighbour of its own set. Recall: the part of real points within reach of a fake
     one (Kynkaanniemi et al. 2019). Precision falls when images are poor, recall when there is no variety."""
-    assert min(len(real), len(fake)) > k, f"{len(real)} and {len(fake)} points have no {k} neighbours each"
     centre = torch.as_tensor(real).mean(0)          # distances stay the same, and round less
     real, fake = torch.as_tensor(real) - centre, torch.as_tensor(fake) - centre
 

@@ -182,10 +182,10 @@ def check_settings(s):
     assert s.init or model_config(s).ch % 8 == 0, "--ch must be a multiple of 8, for attention's eighth of it"
 
 
-def model_config(s, **changes):
+def model_config(s, n_classes=1):
     """The architecture that the settings ask for. AssertionError if they contradict each other."""
     typed = {name: getattr(s, name) for name in ("ch", "shared_dim") if getattr(s, name) is not None}
-    return dataclasses.replace(MODELS[s.model], **typed, **changes)
+    return dataclasses.replace(MODELS[s.model], n_classes=n_classes, **typed)
 
 
 # ---------------------------------------------------------------- data
@@ -368,7 +368,7 @@ def some_images(data, seed, n, classes):
     chosen = np.random.default_rng(seed).permutation(len(data.classes))[:classes]
     rows = [i for y in chosen for i in np.flatnonzero(data.labels == y)[:n // len(chosen)]]
     images, labels = zip(*(data[i] for i in rows))
-    return to_network(torch.from_numpy(np.stack(images))), torch.tensor(labels)
+    return to_network(torch.from_numpy(np.stack(images)), torch.device("cpu")), torch.tensor(labels)
 
 
 def to_device(tensor, device):
@@ -377,9 +377,9 @@ def to_device(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def to_network(images):
+def to_network(images, device):
     """(N, R, R, 3) uint8 -> (N, 3, R, R) in [-1, 1], channels last in memory."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_device(images, device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def generator_for(*numbers):
@@ -419,7 +419,7 @@ def batches(data, s, step, device):
     loader = torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers, pin_memory=cuda,
                                          worker_init_fn=ignore_signals)
     for number, (x, y) in enumerate(loader, start=first):
-        x, generator = to_network(to_device(x, device)), generator_for(s.seed, number, 0, 1)    # 1: no noise
+        x, generator = to_network(x, device), generator_for(s.seed, number, 0, 1)   # 1: not the noise
         mirrored = torch.rand(s.batch, generator=generator)[rows] < s.flip
         x = torch.where(to_device(mirrored, device).view(-1, 1, 1, 1), x.flip(3), x)
         yield x, to_device(y, device)
@@ -813,7 +813,7 @@ def main(arguments):
         s.precision = "bf16" if fast else "fp32"
     if s.benchmark:
         start_processes()
-        benchmark(Trainer(s, model_config(s), device), s)
+        benchmark(Trainer(s, model_config(s, MODELS[s.model].n_classes), device), s)
         return stop_processes()
     out, (checkpoint, _) = Path(s.out), newest_checkpoint(s.out)
     initial = read_weights(s.init) if s.init and not checkpoint else None
