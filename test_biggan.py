@@ -1145,7 +1145,7 @@ def test_interrupted_packing_leaves_no_data_set_and_may_be_repeated(tmp_path, mo
             train.pack(data, folder)
 
 
-def test_cifar_10_is_fetched_checked_and_packed(tmp_path, monkeypatch):
+def test_cifar_10_is_fetched_checked_and_packed(server, tmp_path, monkeypatch):
     # The official layout: a label, then 1024 numbers each of red (here the file), green (the row) and blue.
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
@@ -1153,16 +1153,13 @@ def test_cifar_10_is_fetched_checked_and_packed(tmp_path, monkeypatch):
     for k, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
         record = [9 - k] + 1024 * [k] + [i // 32 for i in range(1024)] + 1024 * [200]
         (folder / f"{name}.bin").write_bytes(bytes(record))
-    archive = Path(shutil.make_archive(tmp_path / "c", "gztar", tmp_path, folder.name))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(train, "CIFAR10", f"http://localhost:{server.server_port}/c.tar.gz")
-        with pytest.raises(sample.UserError, match="invalid hash"):
-            train.fetch_cifar10(tmp_path / "data")
-        monkeypatch.setattr(train, "CIFAR10_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    served, address = server
+    archive = Path(shutil.make_archive(served / "c", "gztar", tmp_path, folder.name))
+    monkeypatch.setattr(train, "CIFAR10", f"{address}/c.tar.gz")
+    with pytest.raises(sample.UserError, match="invalid hash"):
         train.fetch_cifar10(tmp_path / "data")
-        server.shutdown()
+    monkeypatch.setattr(train, "CIFAR10_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    train.fetch_cifar10(tmp_path / "data")
     data, test = (train.open_data(tmp_path / "data" / name) for name in ("cifar10", "cifar10-test"))
     assert data.classes == test.classes == ["airplane", "automobile"]
     for k, (image, label) in enumerate([*map(data.__getitem__, range(5)), test[0]]):
@@ -1310,7 +1307,7 @@ def test_penalties_on_augmented_images_are_nearly_those_of_float32(precision, pe
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_takes_nearly_the_step_of_float32(precision):
     (exact, real), (t, _) = (trainer("--ortho 1e-2 --precision", name) for name in ("fp32", precision))
-    t.scaler._init_scale = 64.0  # nothing overflows
+    t.scaler._init_scale = 64.0                             # nothing overflows
     batch = next(real)
     for each in exact, t:
         each.train_step(iter([batch]))                  # in which the scale drops out
@@ -2508,7 +2505,7 @@ CARD = ON.type == "cuda"
 
 
 class OneOfSeveral(int):
-    """The number 1, which takes the way of several processes: collectives, DDP, no_sync."""
+    """The number 1, which takes the way of several processes: collectives and DDP."""
     __gt__ = lambda self, other: True
 
 
@@ -2529,7 +2526,7 @@ def trained(device, *options, steps=1, state=None):
     sample.pick_device()                                    # without TF32
     s = train.parse_settings(words(options))
     t = train.Trainer(s, train.model_config(s, n_classes=10), device)
-    t.scaler._init_scale = 64.0  # nothing overflows
+    t.scaler._init_scale = 64.0                             # nothing overflows
     for network in t.G, t.D:
         if hasattr(network, "attention"):
             nn.init.constant_(network.attention.gamma, 0.5)     # at 0 attention would not count

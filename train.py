@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import tarfile
