@@ -435,8 +435,8 @@ def ignore_signals(worker):
 
 # ---------------------------------------------------------------- the training step
 # D learns d_steps times: loss_d of D(real) and D(G(z)), with G's weights frozen. Then G learns once: loss_g
-# of D(G(z)), with D's frozen. A batch that does not fit into memory is taken in micro-batches, whose
-# gradients add up; batch norm sees one of them.
+# of D(G(z)), with D's frozen. In D's turns, too, G draws in training mode: its u and running averages move. A
+# batch that does not fit into memory is taken in micro-batches, whose gradients add up; batch norm sees one.
 
 class Trainer:
     """G, D, their optimisers and the EMA, and the step that moves them. Knows nothing about files."""
