@@ -563,7 +563,6 @@ class ModelConfig:
         assert self.resolution == 4 * 2**k, f"g_channels has {k} blocks, which make {4 * 2**k} pixels"
         assert self.g_attention in g_sizes, f"g_attention {self.g_attention} is not one of {g_sizes}"
         assert self.d_attention in d_sizes, f"d_attention {self.d_attention} is not one of {d_sizes}"
-        assert not (self.deep and self.skip_z), "deep gives all of z to every block: skip_z must be False"
         assert self.shared_dim or not (self.deep or self.skip_z), "skip_z and deep need a shared_dim above 0"
         assert not self.skip_z or self.z_dim % (k + 1) == 0, f"skip_z cuts z into {k + 1} equal chunks"
 

@@ -198,7 +198,7 @@ CACHE = Path(torch.hub.get_dir(), "biggan")          # in ~/.cache/torch
 
 DEEP = "https://s3.amazonaws.com/models.huggingface.co/biggan/{}-pytorch_model.bin"
 BY_NAME = {name: DEEP.format(name) for name in MODELS if "deep" in name}
-BY_NAME["shapes"] = str(HERE / "docs" / "shapes.pt")
+BY_NAME["shapes"] = f"{HERE}/docs/shapes.pt"
 
 # What others call a tensor, and what it is called here: patterns, applied one after the other.
 DEEP_NAMES = r"""
@@ -495,7 +495,7 @@ def export(weights, out):
 @cache
 def imagenet_words():
     """WordNet's name of each ImageNet class -> its words, in the order of the indices."""
-    lines = (HERE / "docs" / "imagenet.txt").read_text().splitlines()
+    lines = Path(HERE, "docs/imagenet.txt").read_text().splitlines()
     return {line[:9]: line[10:].split(", ") for line in lines if line[0] != "#"}
 
 

@@ -173,7 +173,6 @@ def test_every_model_draws_and_learns_at_its_resolution(name):
     ("biggan128", {"g_attention": 48}, "attention"),
     ("biggan128", {"shared_dim": 0}, "shared_dim"),
     ("biggan-deep-128", {"shared_dim": 0}, "shared_dim"),
-    ("biggan128", {"deep": True}, "skip_z"),
 ])
 def test_a_configuration_that_cannot_work_is_refused(name, changes, message):
     with pytest.raises(AssertionError, match=message):
@@ -1013,8 +1012,9 @@ def run_command(script, *arguments, **options):
                             stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
 
-def torchrun(n, *arguments):
-    return run_command("-m", f"torch.distributed.run --standalone --nproc_per_node {n}", *arguments)
+def torchrun(n, *arguments, **options):
+    run = f"torch.distributed.run --standalone --nproc_per_node {n}"
+    return run_command("-m", run, *arguments, **options)
 
 
 def finish(process, status=0):
@@ -1183,6 +1183,8 @@ def test_every_epoch_shows_each_image_once_and_may_be_entered_anywhere():
     epochs = [items[k:k + 10] for k in range(0, 40, 10)]
     assert all(sorted(epoch) == [*range(10)] for epoch in epochs) and epochs[0] != epochs[1]
     assert first(12, 2) == items[12:20] and first(0, 5, batch=8) == items
+    streams = (0,), (0, 3), (0, 3, 0), (3, 0), (0, 3, 0, 0)
+    assert len({train.generator_for(*numbers).initial_seed() for numbers in streams}) == 5
 
 
 def test_batches_are_the_images_in_order_from_any_step_on():
@@ -1314,7 +1316,8 @@ def test_half_precision_takes_nearly_the_step_of_float32(precision):
     for network in "GD":
         ours, theirs = ([p.grad.flatten() for p in getattr(u, network).parameters()] for u in (t, exact))
         for a, b in zip(ours, theirs):
-            assert b.norm() < 1e-3 or F.cosine_similarity(a, b, 0) > 0.9 and 0.9 < a.norm() / b.norm() < 1.1
+            if b.norm() > 1e-3 and len(b) > 1:          # attention's gamma is a sum that cancels
+                assert F.cosine_similarity(a, b, 0) > 0.9 and 0.9 < a.norm() / b.norm() < 1.1
 
 
 def test_an_overflow_in_float16_skips_the_update_and_halves_the_scale_of_the_loss():
@@ -1643,6 +1646,17 @@ def test_a_run_may_continue_on_two_processes(one_process, tmp_path):
 def test_a_mistake_is_reported_once_by_several_processes(tmp_path, option, sentence):
     _, error = finish(torchrun(2, HERE / "train.py", *SHARED, tmp_path, option), status=1)
     assert len(re.findall("^error: .*" + sentence, error, re.M)) == 1 and 'train.py", line' not in error
+
+
+def test_processes_that_have_read_different_checkpoints_stop(tmp_path):
+    """As on two machines that share no disk: each process has a folder of its own."""
+    start(*TINY, f"--out {tmp_path}/0/run --steps 2")
+    (tmp_path / "1").mkdir()
+    script = "import os, sys; sys.path.append(sys.argv.pop()); import sample, train; "
+    (tmp_path / "apart.py").write_text(script + "os.chdir(os.environ['RANK']); sample.run(train.main)")
+    process = torchrun(2, "apart.py", *TINY, "--out run --steps 4", HERE, cwd=tmp_path)
+    _, error = finish(process, status=1)
+    assert "different checkpoints; run must be on a disk" in error and steps_kept(tmp_path / "0/run") == [2]
 
 
 def test_a_killed_process_is_replaced_and_nothing_changes(tmp_path):

@@ -168,7 +168,7 @@ def check_settings(s):
     counts = [s.steps, s.micro_batch, s.d_steps, s.keep, s.keep_every, s.log_every, s.eval_every,
               s.sample_every, s.save_every]
     assert min(counts) >= 1, "--batch, --steps, --keep and all counts of steps must be at least 1"
-    assert min(s.g_lr, s.d_lr, s.ortho, s.r1) >= 0, "learning rates and penalties must be at least 0"
+    assert min(s.g_lr, s.d_lr, s.ortho, s.r1, s.seed) >= 0, "rates, penalties and --seed must be at least 0"
     second = s.r1 or s.loss == "wgan-gp"            # derivatives of gradients
     assert not (s.fused_attention and second), "leave out --fused-attention: the penalty is on gradients"
     assert not (s.benchmark and s.init), "--benchmark times --model: leave out --init"
@@ -256,12 +256,13 @@ class ImageFolder(DataSet):
 
     def __getitem__(self, i):
         for i in itertools.chain(range(i, len(self)), range(i)):
+            path = os.fsdecode(self.paths[i])
             try:
                 if i not in self.broken:
-                    return load_image(self.paths[i], self.resolution), int(self.labels[i])
+                    return load_image(path, self.resolution), int(self.labels[i])
             except Exception as reason:             # Pillow raises whatever its decoders do
                 self.broken.add(i)
-                warn(f"skipped {os.fsdecode(self.paths[i])}: {reason}")
+                warn(f"skipped {path}: {reason}")
         raise UserError("none of the images can be read")
 
 
@@ -383,7 +384,8 @@ def to_network(images, device):
 
 def generator_for(*numbers):
     """A random generator that depends on these numbers only: (seed, step, ...)."""
-    state, = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    # Their number counts, too: (0, 3) and (0, 3, 0) would give the same.
+    state, = np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))
 
 
@@ -418,7 +420,7 @@ def batches(data, s, step, device):
     loader = torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers, pin_memory=cuda,
                                          worker_init_fn=ignore_signals)
     for number, (x, y) in enumerate(loader, start=first):
-        x, generator = to_network(x, device), generator_for(s.seed, number, 0, 1)   # 1: not the noise
+        x, generator = to_network(x, device), generator_for(s.seed, number, 0, 1)   # four: not the noise
         mirrored = torch.rand(s.batch, generator=generator)[rows] < s.flip
         x = torch.where(to_device(mirrored, device).view(-1, 1, 1, 1), x.flip(3), x)
         yield x, to_device(y, device)
@@ -827,8 +829,8 @@ def main(arguments):
     if held_out and held_out.classes != data.classes:
         raise UserError(f"--held-out {s.held_out} has other classes than --data {s.data}")
     config = dataclasses.replace(config, n_classes=len(data.classes))
-    say(f"{len(data):,} images in {len(data.classes)} classes: {', '.join(data.classes)[:80]}")
-    say(f"{s.precision} on {device}")
+    say(f"{len(data):,} images in {len(data.classes)} classes: {', '.join(data.classes)[:80]}\n"
+        f"{s.precision} on {device}")
     described = {**dataclasses.asdict(s), "images": len(data), "classes": data.classes}
     if checkpoint:
         check_run(out, described)
@@ -840,7 +842,8 @@ def main(arguments):
         say(f"continuing {s.out} from step {trainer.step}")
     elif initial:
         trainer.start_from(initial, data.classes)
-    del checkpoint, initial                         # which would stay in memory for weeks
+    if agreed(trainer.step != agreed(trainer.step)):
+        give_up(f"the processes have read different checkpoints; {s.out} must be on a disk that they share")
     train(trainer, data, held_out, s)
     stop_processes()
 
