@@ -336,7 +336,7 @@ class Options:
     real: str = None                # the same as --data
     n: int = 10_000                 # samples; compare only scores of equal n
     trunc: list[float] = None       # truncations, see sample.py
-    seed: int = 0                   # which set of n noise vectors
+    seed: int = 0                   # which set of n noise vectors; 0 unless given
     inception: str = None           # Inception's weights, fetched unless given; or none
     save_stats: str = None          # FILE.npz: keep the statistics of --data, to be used as --data
     out: str = "metrics.json"       # FILE.json

@@ -558,7 +558,7 @@ class Options:
     class_: list[str] = None        # classes: numbers, names, ImageNet words, all
     trunc: float = None             # truncation, such as 0.5
     n: int = 8                      # images per class
-    seed: int = 0                   # seed of the first image
+    seed: int = 0                   # seed of the first image; 0 unless given
     sheet: str = "classes"          # what the rows of the picture are
     npz: int = 0                    # not a picture: so many images, the classes in turn
     export: bool = False            # not a picture: the generator alone, as a small file

@@ -106,11 +106,11 @@ class Settings:
     d_steps: int = 2                # D steps per G step
     g_lr: float = 5e-5              # Adam's learning rate for G
     d_lr: float = 2e-4              # Adam's learning rate for D
-    beta1: float = 0.0              # Adam's momentum; anything above 0 destabilises large runs
+    beta1: float = 0.0              # Adam's momentum; above 0, its default, large runs become unstable
     beta2: float = 0.999            # Adam's decay of squared gradients
     loss: str = "hinge"             # losses of D and G
     ortho: float = 1e-4             # beta, the weight of orthogonal regularisation on G
-    r1: float = 0.0                 # gamma, the weight of the R1 penalty on D; the paper tried 10 and 1
+    r1: float = 0.0                 # gamma, weight of the R1 penalty on D; 0: none, the paper tried 10 and 1
     sigma_fixed: float = None       # after each step, lower the largest singular value of G's layers to this
     sigma_ratio: float = None       # lower it to this multiple of the second largest (section 4.1)
     sigma_pull: float = 0.0         # rather than lowering it, pull it there by a penalty of this weight
@@ -121,7 +121,7 @@ class Settings:
     precision: str = "auto"         # auto: bf16 where the hardware has it, else fp32; fp16 scales the loss
     compile: bool = False           # let torch.compile fuse operations; the first step then takes minutes
     fused_attention: bool = False   # torch's kernel for attention: less memory and time on a GPU
-    seed: int = 0                   # of weights, noise and data order
+    seed: int = 0                   # of weights, noise and data order; 0 unless given
     workers: int = None             # processes that decode images; unless given 8 beside a GPU, else 0
     held_out: str = None            # folder of images that are not trained on: has D memorised --data?
     log_every: int = 50             # steps between lines of log.jsonl
@@ -439,6 +439,7 @@ def ignore_signals(worker):
 # D learns d_steps times: loss_d of D(real) and D(G(z)), with G's weights frozen. Then G learns once: loss_g
 # of D(G(z)), with D's frozen. In D's turns, too, G draws in training mode: its u and running averages move. A
 # batch that does not fit into memory is taken in micro-batches, whose gradients add up; batch norm sees one.
+# DDP averages gradients over the processes after each micro-batch; no_sync would save traffic and cost lines.
 
 class Trainer:
     """G, D, their optimisers and the EMA, and the step that moves them. Knows nothing about files."""
