@@ -1,5 +1,5 @@
 # make look    draw 16 stars with the small model that comes along
-# make demo    train on drawn shapes and show what the generator draws (10 minutes on two CPU cores)
+# make demo    train on drawn shapes and show what the generator draws (11 minutes on two CPU cores)
 # make test    the tests (3 to 4 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (1 minute)
 # make trial   thirty kills, a collapse and a full disk (5 minutes, as root)
