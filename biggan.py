@@ -134,7 +134,7 @@ def upsample_conv3x3(x, layer):
     # A transposed convolution reads its kernel backwards and wants it as (in, out, 4, 4).
     W = layer.normalized_weight().flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
     y = F.conv_transpose2d(x, mean_of_four_shifted(4 * W), stride=2, padding=1)    # 4 x mean = sum
-    # Not inside: there, on a CPU, the bias's gradient costs more than all else in the backward pass.
+    # The bias is added here: in conv_transpose2d, on a CPU, its gradient costs more than all else.
     return y.add_(per_channel(layer.bias.to(y.dtype)))
 
 
@@ -228,7 +228,7 @@ class Norm(nn.Module):
             with torch.no_grad():                           # unbiased, as in nn.BatchNorm2d
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var * n / (n - 1), self.momentum)
-        # (C,) or (N, C). Rounded to x's 16 bits first, so that x * scale + shift centres exactly.
+        # (C,) or (N, C). Rounded to x's 16 bits before shift, so that rounding it does not move the mean.
         scale = (gain * torch.rsqrt(var + self.eps)).to(x.dtype)
         shift = bias - mean * scale
         return torch.addcmul(per_channel(shift).to(x.dtype), x, per_channel(scale))    # in one pass over x
@@ -268,7 +268,8 @@ class ConditionalBatchNorm(Norm):
 # ---------------------------------------------------------------- self-attention
 # A convolution sees 3x3 pixels. Attention lets every position p look at all positions q:
 #     out_p = x_p + gamma o( sum_q a_pq g(x_q) ),   a_pq = softmax over q of theta(x_p) . phi(x_q)
-# theta, phi, g and o are 1x1 convolutions: query, key, value and output projection.
+# theta, phi, g and o are 1x1 convolutions: query, key, value and output projection. Keys and values are
+# pooled: q runs over cells of 2x2 positions.
 
 def attention(query, key, value):
     """(N, L, E), (N, M, E), (N, M, V) -> (N, L, V): mean of the values by the softmax of query . key."""
@@ -291,8 +292,8 @@ def fused_attention(query, key, value):
 class SelfAttention(nn.Module):
     """(N, C, H, W) -> (N, C, H, W). Zhang et al. 2019 (SAGAN), as in its authors' code.
 
-    Keys and values are pooled 2x2, which quarters the work. The products are not divided by sqrt(C/8), unlike
-    in a transformer. gamma starts at 0: at first the layer is the identity."""
+    Pooling quarters the work. The products are not divided by sqrt(C/8), unlike in a transformer. gamma
+    starts at 0: at first the layer is the identity."""
 
     fused = False                                           # torch's kernel, which never stores all of a_pq
 
@@ -316,10 +317,12 @@ class SelfAttention(nn.Module):
 
 
 # ---------------------------------------------------------------- the networks
-#     G:  h = linear(z_0), 4x4;  h = block_i(h, [class, z_i]), each (deep: every second) doubling H and W;
-#         tanh(conv(ReLU(norm(h)))).  z_0, z_1, ... are chunks of z. deep: all of z everywhere,
-#         and the class in linear too. Without skip_z: z in linear only, the class in the blocks
-#     D:  blocks, most halving H and W;  s = sum over pixels of ReLU(h);  D(x, y) = w . s + b + e_y . s
+#     G       z is cut into chunks z_0, z_1, ...:  h = linear(z_0), 4x4;  h = block_i(h, [class, z_i]), each
+#             doubling H and W;  image = tanh(conv(ReLU(norm(h))))
+#     deep G  (BigGAN-deep) gives linear and every block [class, all of z]; every second block doubles
+#     old G   (SAGAN, SN-GAN; without skip_z) has all of z in linear alone, and the class in the blocks
+#     D       blocks, most halving H and W;  s = sum over pixels of ReLU(h);  then one linear layer (w, b)
+#             and one vector e_y per class:  D(x, y) = w . s + b + e_y . s
 # A block is residual: shortcut(x) + convolutions of x. In most sizes attention follows one block of each
 # network. A shortcut's 1x1 convolution sees one pixel at a time: it gives the same on the smaller image, with
 # a quarter of the work. `config` is a ModelConfig, explained below the networks.
@@ -539,8 +542,8 @@ def initialise(network):
 class ModelConfig:
     """Everything that decides the shape of G and D. Channels, such as "16-8", are multiples of `ch`."""
     resolution: int                 # R, pixels per side
-    g_channels: str                 # G: into its first block, at 4x4, then out of each (deep: of each pair)
-    d_channels: str                 # D: out of each block (deep: first out of a convolution)
+    g_channels: str                 # G: input of the first block, then output of each (deep: of each pair)
+    d_channels: str                 # D: output of each block (deep: of a convolution, then of each pair)
     d_down: int                     # D: this many of its first blocks halve H and W, the others keep them
     g_attention: int                # attention follows the block with this many pixels per side; 0: none
     d_attention: int
@@ -605,8 +608,8 @@ MODELS = {  # resolution, channels of G and of D, halving blocks of D, attention
 # BigGAN's is the hinge (Lim & Ye 2017, Tran et al. 2017), the formula at the top of this file. The others are
 # for comparison. Where real images have density p and generated ones q, the best possible D is sign(p - q)
 # under the hinge, log(p / q) under non-saturating, p / (p + q) under least squares. (Wasserstein's has no
-# such formula.) The hinge then leaves D with twice the integral of min(p, q), which is largest, 2, where p =
-# q: there D can only guess.
+# such formula.) With it D's hinge loss is twice the integral of min(p, q): at most 2, where p = q and D can
+# only guess.
 
 def hinge_loss_d(real_logits, fake_logits):
     """D wants real logits above 1 and fake ones below -1, no further. (N,), (M,) -> scalar."""
@@ -665,7 +668,7 @@ def squared_gradient_norm(D, x, y):
 
 
 def r1_penalty(D, x, y):
-    """1/2 E |d D(x, y) / dx|^2 over real images (Mescheder et al. 2018; section 4.2): D is flat at the data.
+    """1/2 E |d D(x, y) / dx|^2 over real images (Mescheder et al. 2018; section 4.2): makes D flat there.
 
     x (N, 3, R, R), y (N,) -> scalar. The weight gamma is left out; the paper tries 1 and 10."""
     return squared_gradient_norm(D, x, y).mean() / 2
@@ -708,9 +711,9 @@ def orthogonal_regularisation(G):
 # ---------------------------------------------------------------- augmentation for few images
 # With few images D memorises them, and G learns nothing more. Differentiable augmentation (Zhao et al. 2020,
 # "DiffAugment") changes real *and* generated images at random before D sees any, in D's turn and in G's, so
-# that D cannot memorise. G should not draw the changes itself: D would see them twice in its images, once in
-# real ones. G's gradient passes through. All images here are (N, 3, R, R) in [-1, 1]; r are random numbers in
-# [0, 1), three per image and change.
+# that D cannot memorise. G's gradient passes through. If G drew such changes itself, its images would reach D
+# changed twice, and real ones once: that holds G back from it. All images here are (N, 3, R, R) in [-1, 1]; r
+# are random numbers in [0, 1), three per image and change.
 
 def colour(x, r):
     """Brightness + [-0.5, 0.5], saturation * [0, 2] around each pixel's grey, contrast * [0.5, 1.5] around
@@ -744,7 +747,7 @@ AUGMENTATIONS = {"colour": colour, "translation": translate, "cutout": cutout}
 
 def augment(x, policy, r):
     """x after the changes that `policy` names, such as "translation,cutout"; r (N, 3, 3)."""
-    with torch.autocast(x.device.type, enabled=False):      # penalties differentiate D with respect to x
+    with torch.autocast(x.device.type, enabled=False):      # penalties need x, its gradient in float32
         for k, (name, change) in enumerate(AUGMENTATIONS.items()):
             if name in policy:
                 x = change(x, r[:, k])
@@ -771,7 +774,7 @@ def sigma_excess(W, fixed=None, ratio=None):
     Returns the excess, through which gradients reach W, and the singular vectors u (out,) and v (everything
     else,)."""
     W = W.flatten(1)
-    with torch.no_grad():                                   # NaN would make svd raise; sigma_0 below shows it
+    with torch.no_grad():           # svd gives u, but raises for NaN, which sigma_0 from one more step shows
         U, S, _ = torch.linalg.svd(W.nan_to_num(0, 0, 0), full_matrices=False)
         goal = fixed if fixed is not None else ratio * S[1]
     sigma_0, u, v = power_iteration(W, U[:, 0])

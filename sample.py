@@ -6,7 +6,8 @@
     python sample.py --weights runs/cifar10 --sheet truncation --class ship
     torchrun --nproc_per_node=8 sample.py --npz 50000       an array for metrics.py, on eight GPUs
 
-One row per class. The noise of image i depends on seed + i alone: --seed 17 draws the second of --seed 16.
+One row per class. The noise of column i (--npz: of image i) depends on seed + i alone: --seed 17 draws the
+second of --seed 16.
 
 --weights takes a run folder, a checkpoint, a name (shapes, biggan-deep-128, -256, -512), a path or a URL:
 BigGAN-deep as converted by Hugging Face, or G_ema.pth of the paper's author's PyTorch code.
@@ -14,7 +15,8 @@ BigGAN-deep as converted by Hugging Face, or G_ema.pth of the paper's author's P
 --trunc T has two meanings. In the paper, and for weights trained here, components of the noise z outside
 [-T, T] are resampled (section 3.1). For the published BigGAN-deep weights z is T times a normal distribution
 truncated to [-2, 2], and T is 1 unless given. At 0.5 their standard deviations are 0.28 and 0.44. Batch
-norm's statistics always belong to the noise: published, or gathered at each start (--export keeps them).
+norm's statistics must be those of the same noise: stored with the weights (BigGAN-deep's for all T; the
+port's and those of --export for untruncated noise), or else gathered at each start.
 
 Reading order: errors, files and processes, which train.py and metrics.py share; weights and their origins;
 drawing; classes; sheets; the command. In a hurry: `from_deep`, `prepare`, `draw`.

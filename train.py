@@ -136,7 +136,8 @@ class Settings:
 CHOICES = {"preset": PRESETS, "model": MODELS, "loss": LOSSES, "on_collapse": ["stop", "warn"],
            "precision": ["auto", "bf16", "fp16", "fp32", "fp64"]}
 
-# These may differ when a run is continued: they change where and how long, not what is computed.
+# These may differ when a run is continued: they change where and how long, not what is computed. (data: the
+# folder may have moved; the number of its images and the classes may not change.)
 FREE_TO_CHANGE = {"data", "out", "held_out", "steps", "workers", "log_every", "sample_every", "save_every",
                   "eval_every", "keep", "keep_every", "on_collapse", "compile", "fused_attention"}
 
