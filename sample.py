@@ -418,7 +418,7 @@ def prepare(G, truncation=None):
     noise, widest = (scaled_normal, 1.0) if G.scaled else (truncated_normal, math.inf)
     t = widest if truncation is None else truncation
     if not 0 < t <= widest:
-        raise UserError(f"--trunc {truncation:g} must be above 0 and at most {widest:g} for these weights")
+        raise UserError(f"--trunc {truncation:g} must be above 0 and, for these weights, at most {widest:g}")
     G.noise = lambda shape, generator=None: noise(shape, t, generator)
     if G.moments and (G.scaled or truncation is None):
         G.load_state_dict({name: interpolate(m, t) for name, m in G.moments.items()}, strict=False)
@@ -533,8 +533,8 @@ def seed_rows(G, classes, n, seed, truncations):
     labels, seeds, images = np.repeat(classes, n), np.resize(range(seed, seed + n), n * len(classes)), []
     titles = ", ".join(class_title(G.classes, k) for k in classes)
     for truncation in truncations:
-        say(f"drawing {titles}" + f", truncation {truncation}" * bool(truncation))
         prepare(G, truncation)
+        say(f"drawing {titles}" + f", truncation {truncation}" * bool(truncation))
         images.append(draw_seeds(G, labels, seeds, G.noise))
     return np.concatenate(images)
 
