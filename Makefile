@@ -2,10 +2,10 @@
 # make demo    train on drawn shapes and show what the generator draws (11 minutes on two CPU cores)
 # make test    the tests (3 to 4 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (1 minute)
-# make trial   thirty kills, a collapse and a full disk (5 minutes, as root)
-# make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (7 minutes)
+# make trial   thirty kills, a collapse and a full disk (3 minutes, as root)
+# make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (4 minutes)
 # make port PORT=DIR    training speed beside the author's code (ajbrock/BigGAN-PyTorch), checked out in DIR (5 minutes)
-# make gpu     what runs on a GPU beside the same on the CPU, and how fast it is (ON=cpu: small, without a GPU, 9 minutes)
+# make gpu     what runs on a GPU beside the same on the CPU, and how fast it is (ON=cpu: small, without a GPU, 3 minutes)
 # make help    this list
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 
