@@ -7,10 +7,10 @@ turns:
     D minimises  E max(0, 1 - D(x, y)) + E max(0, 1 + D(G(z, y), y))    over real x, y; normal z, uniform y
     G minimises  - E D(G(z, y), y)                                      through D, whose weights are frozen
 
-D learns to tell real from generated images, and G to make D take its images for real. In the
-game's equilibrium, if both networks can represent any function, generated images are distributed like real
-ones, and D can only guess (see "losses"). The paper's recipe at 128x128 (`Trainer.train_step` in train.py),
-with Adam, beta1 = 0:
+D learns to tell real from generated images, and G to make D take its images for real. In the game's
+equilibrium, if both networks can represent any function, generated images are distributed like real ones, and
+D can only guess (see "losses"). The paper's recipe at 128x128 (`Trainer.train_step` in train.py), with Adam,
+beta1 = 0:
 
     150,000 times:
         twice   2048 new real images, as many generated ones; a step on D's loss    learning rate 2e-4

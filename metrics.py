@@ -57,6 +57,7 @@ def inception_score(probs, splits=10):
 
     1 where all images look alike to the classifier, K where it is sure of each image and all K classes are
     frequent."""
+    assert 1 <= splits <= len(probs), f"{len(probs)} images cannot be cut into {splits} splits"
     scores = []
     for p in np.array_split(np.asarray(probs, np.float64), splits):
         log_ratio = np.log(p.clip(1e-300)) - np.log(p.mean(0).clip(1e-300))
@@ -100,6 +101,7 @@ def sliced_wasserstein(a, b, projections=512, seed=0):
 
     On a line the optimal transport is known: the smallest point goes to the smallest, and so on."""
     a, b = torch.as_tensor(a), torch.as_tensor(b)
+    assert a.shape == b.shape, f"sets of different shapes: {tuple(a.shape)}, {tuple(b.shape)}"
     generator = torch.Generator().manual_seed(seed)
     directions = F.normalize(torch.randn(projections, a.shape[1], generator=generator, dtype=a.dtype), dim=1)
     total = 0.0
@@ -382,17 +384,17 @@ def sets_to_score(o, inception):
 
 def main(arguments):
     o = parse(arguments)
-    device, inception, reals, results = pick_device(), None, {}, []
+    device, inception, real, results = pick_device(), None, None, []
     keep_freed_memory()
     if o.inception != "none":
         path = o.inception or fetch(INCEPTION, CACHE / INCEPTION.rpartition("/")[2], "6726825d")
         inception = Inception(path).to(device)
     start_processes()
     for name, truncation, resolution, fake in sets_to_score(o, inception):
-        if resolution not in reals:
-            reals[resolution] = real_features(o, resolution, inception)
-        real = reals[resolution]
+        real = real or real_features(o, resolution, inception)
         if rank() == 0:
+            if results and results[0]["resolution"] != resolution:
+                raise UserError("score weights of different resolutions one by one")
             scores = compare(real, fake)
             if not scores:
                 raise UserError("statistics need Inception: leave out --inception none")

@@ -455,8 +455,8 @@ def draw(G, z, y):
 
 def seeded_noise(seeds, z_dim, noise=truncated_normal):
     """z (N, z_dim), row i from seeds[i] alone."""
-    own = lambda seed: torch.Generator().manual_seed(int(seed))
-    return torch.cat([noise((1, z_dim), generator=own(seed)) for seed in seeds])
+    generators = (torch.Generator().manual_seed(int(seed)) for seed in seeds)
+    return torch.cat([noise((1, z_dim), generator=generator) for generator in generators])
 
 
 def draw_seeds(G, labels, seeds, noise=truncated_normal):
@@ -517,8 +517,8 @@ def class_indices(wanted, classes):
     for text in map(str.lower, wanted):
         exact = [k for k, words in enumerate(names) if text in words or text == "all"]
         number = [k for k in range(len(classes)) if text == str(k)]
-        part = [k for k, words in enumerate(names) if text in " ".join(words)]
-        found = exact or number or part
+        part = re.compile(rf"\b{re.escape(text)}\b")
+        found = exact or number or [k for k, words in enumerate(names) if part.search(" ".join(words))]
         if len(found) != 1 and text != "all":
             titles = ", ".join(class_title(classes, k) for k in (found or range(len(classes)))[:20])
             raise UserError(f"--class {text} must be one of {len(classes)}, by number or name: {titles}")

@@ -1100,6 +1100,8 @@ def test_classes_are_the_sorted_sub_folders_or_one(tmp_path):
     assert data.classes == ["a", "b"] and data.resolution == 16         # which fits in 40 x 30
     assert [data[i][1] for i in range(3)] == data.labels.tolist() == [0, 0, 1]
     assert train.open_data(tmp_path / "a").classes == ["a"]
+    (tmp_path / "a/2.pdf").touch()                                      # which Pillow can only write
+    assert len(train.images_in(tmp_path / "a")) == 2
 
 
 def test_a_corrupt_or_16_bit_file_is_named_once_and_replaced_by_the_next(tmp_path, warned):
@@ -1314,10 +1316,10 @@ def test_half_precision_takes_nearly_the_step_of_float32(precision):
     for name in expected:                               # the scale drops out, also from the log
         assert logged[name].item() == pytest.approx(expected[name].item(), rel=0.1, abs=0.01)
     for network in "GD":
-        ours, theirs = ([p.grad.flatten() for p in getattr(u, network).parameters()] for u in (t, exact))
-        for a, b in zip(ours, theirs):
-            if b.norm() > 1e-3 and len(b) > 1:          # attention's gamma is a sum that cancels
-                assert F.cosine_similarity(a, b, 0) > 0.9 and 0.9 < a.norm() / b.norm() < 1.1
+        ours, theirs = (dict(getattr(u, network).named_parameters()) for u in (t, exact))
+        for name in theirs.keys() - {"attention.gamma"}:        # a sum that cancels
+            a, b = ours[name].grad.flatten(), theirs[name].grad.flatten()
+            assert b.norm() < 1e-3 or F.cosine_similarity(a, b, 0) > 0.9 and 0.9 < a.norm() / b.norm() < 1.1
 
 
 def test_an_overflow_in_float16_skips_the_update_and_halves_the_scale_of_the_loss():
@@ -1405,7 +1407,7 @@ def test_every_preset_describes_a_model_that_exists(preset):
 def test_ds_accuracy_is_the_part_of_logits_above_the_decision_threshold():
     t, _ = trainer()
     images, labels = train.some_images(train.Shapes(32), 0, 100, 10)
-    logits = t.D.eval()(images, labels)
+    logits = t.D.eval()(train.to_network(images, t.device), labels)
     t.threshold = logits.sort().values[30:32].mean()                    # 31 of 100 lie below
     assert t.accuracy(images, labels) == pytest.approx(0.69) and t.D.training
 
@@ -2115,7 +2117,7 @@ def test_classes_are_found_by_number_name_and_imagenet_word():
     assert find("207", "n02099601", "Golden Retriever", "tench", "goldfinch") == [207, 207, 207, 0, 11]
     assert find("golden") == [207] and find("all") == [*range(1000)]    # a part that is unique
     for text, sentence in (("crane", r"crane \(134\), crane \(517\)"), ("1000", "must be one of 1000"),
-                           ("retriever", r"golden retriever \(207\)"), ("qqq", r"tench \(0\)")):
+                           ("retriever", r"golden retriever \(207\)"), ("retriev", r"tench \(0\)")):
         with pytest.raises(sample.UserError, match=sentence):
             find(text)
     assert sample.class_indices(["3", "5"], ["5", "3"]) == [1, 0]       # a name comes before a number
@@ -2419,7 +2421,7 @@ def images_per_second(whose, path, batch):
     print(n * batch / median_seconds(lambda: [draw() for _ in range(n)], 8))
 
 
-@pytest.mark.parametrize("batch, times", [(1, 1.8), (16, 3)])
+@pytest.mark.parametrize("batch, times", [(1, 1.9), (16, 3.5)])
 def peer_drawing_is_faster_than_the_package(tmp_path, batch, times):
     path, rates = str(tmp_path / "w.bin"), {"ours": [], "theirs": []}
     torch.save(published_package(128)[1], path)

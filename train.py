@@ -106,7 +106,7 @@ class Settings:
     d_steps: int = 2                # D steps per G step
     g_lr: float = 5e-5              # Adam's learning rate for G
     d_lr: float = 2e-4              # Adam's learning rate for D
-    beta1: float = 0.0              # Adam's momentum; above 0, its default, large runs become unstable
+    beta1: float = 0.0              # Adam's momentum, 0 unless given; more makes large runs unstable
     beta2: float = 0.999            # Adam's decay of squared gradients
     loss: str = "hinge"             # losses of D and G
     ortho: float = 1e-4             # beta, the weight of orthogonal regularisation on G
@@ -268,8 +268,8 @@ class ImageFolder(DataSet):
 
 
 def images_in(folder):
-    """Paths, as bytes, of the files in a folder with an ending that Pillow knows, sorted."""
-    endings = Image.registered_extensions()
+    """Paths, as bytes, of the files in a folder that Pillow opens by their ending, sorted."""
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return sorted(bytes(p) for p in folder.iterdir() if p.suffix.lower() in endings and p.name[0] != ".")
 
 
@@ -365,11 +365,11 @@ def open_data(source, resolution=None, held_out=False):
 
 
 def some_images(data, seed, n, classes):
-    """n images at most, the first ones of some classes chosen at random: (n, 3, R, R), labels (n,)."""
+    """n images at most, the first ones of some classes chosen at random: (n, R, R, 3) uint8, labels (n,)."""
     chosen = np.random.default_rng(seed).permutation(len(data.classes))[:classes]
     rows = [i for y in chosen for i in np.flatnonzero(data.labels == y)[:n // len(chosen)]]
     images, labels = zip(*(data[i] for i in rows))
-    return to_network(torch.from_numpy(np.stack(images)), torch.device("cpu")), torch.tensor(labels)
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
 
 def to_device(tensor, device):
@@ -587,22 +587,23 @@ class Trainer:
 
     @torch.no_grad()
     def evaluated(self, network, inputs, labels):
-        """network(input, label) in evaluation mode, on the CPU; 16 at a time."""
+        """network(input, label) in evaluation mode, on the CPU; inputs come 16 at a time."""
         network.eval()
         with self.autocast(self.half):
             parts = [network(x.to(self.device, self.dtype), y.to(self.device)).cpu()
-                     for x, y in zip(inputs.split(16), labels.split(16))]
+                     for x, y in zip(inputs, labels.split(16))]
         network.train()
         return torch.cat(parts)
 
     def accuracy(self, images, labels):
-        """Of real images (N, 3, R, R), the part whose logits are above the decision threshold."""
-        return (self.evaluated(self.D, images, labels) > self.threshold).float().mean().item()
+        """Of real images (N, R, R, 3) uint8, the part whose logits are above the decision threshold."""
+        inputs = (to_network(x, self.device) for x in images.split(16))
+        return (self.evaluated(self.D, inputs, labels) > self.threshold).float().mean().item()
 
     def diversity(self, real, labels):
-        """The spread of G's images within classes, relative to that of real ones (N, 3, R, R)."""
+        """The spread of G's images within classes, relative to that of real ones (N, R, R, 3) uint8."""
         z = truncated_normal((len(labels), self.config.z_dim), generator=generator_for(self.s.seed))
-        fake = self.evaluated(self.G, z, labels)
+        fake, real = self.evaluated(self.G, z.split(16), labels), to_network(real, torch.device("cpu"))
         return spread_within(fake, labels) / max(1e-6, spread_within(real, labels))
 
 
@@ -846,6 +847,7 @@ def main(arguments):
         trainer.start_from(initial, data.classes)
     if agreed(trainer.step != agreed(trainer.step)):
         give_up(f"the processes have read different checkpoints; {s.out} must be on a disk that they share")
+    del checkpoint, initial                         # which would stay mapped, and on the disk, for weeks
     train(trainer, data, held_out, s)
     stop_processes()
 
