@@ -126,7 +126,8 @@ def check_output(path, suffix):
     """Refuse an output path that could not be written in the end, before any work is done."""
     path = Path(path)
     if path.suffix != suffix or not os.access(path.parent, os.W_OK):
-        raise UserError(f"the output {path} must end in {suffix} and lie in a folder that can be written to")
+        raise UserError(f"the output {path} must end in {suffix} and lie in a folder that exists and can be "
+                        "written to")
     return path
 
 
@@ -188,9 +189,9 @@ def keep_freed_memory():
     """Have the C library keep the memory of freed tensors. Else the system clears every page of a large block
     before handing it out again: on a CPU that costs training 10 to 25% and drawing up to half."""
     if sys.platform == "linux" and not torch.cuda.is_available():
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", max)    # there is none in musl
-        mallopt(-4, 0)                              # M_MMAP_MAX: no block outside the heap
-        mallopt(-1, -1)                             # M_TRIM_THRESHOLD: keep all of it
+        c_library = ctypes.CDLL(None)
+        c_library.mallopt(-4, 0)                    # M_MMAP_MAX: no block outside the heap
+        c_library.mallopt(-1, -1)                   # M_TRIM_THRESHOLD: keep all of it
 
 
 # ---------------------------------------------------------------- weights and their origins
@@ -259,8 +260,8 @@ def read_tensors(path):
             raise ValueError("wrong checksum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception:                               # torch and zipfile raise what their parsers do
-        raise UserError(f"{path} was not loaded: it is damaged, or holds more than tensors and plain values "
-                        "and could run code") from None
+        raise UserError(f"{path} was not loaded: it is damaged, no file of weights, or holds more than "
+                        "tensors and plain values and could run code") from None
 
 
 def checkpoints_of(run_folder):
@@ -418,7 +419,7 @@ def prepare(G, truncation=None):
     noise, widest = (scaled_normal, 1.0) if G.scaled else (truncated_normal, math.inf)
     t = widest if truncation is None else truncation
     if not 0 < t <= widest:
-        raise UserError(f"--trunc {truncation:g} must be above 0 and, for these weights, at most {widest:g}")
+        raise UserError(f"--trunc {truncation:g} must be above 0; these weights allow {widest:g} at most")
     G.noise = lambda shape, generator=None: noise(shape, t, generator)
     if G.moments and (G.scaled or truncation is None):
         G.load_state_dict({name: interpolate(m, t) for name, m in G.moments.items()}, strict=False)
@@ -542,7 +543,7 @@ def seed_rows(G, classes, n, seed, truncations):
 def interpolation_rows(G, classes, n, seed):
     """From one noise vector to the next, from one class to another, and both at once (figure 8)."""
     if len(classes) != 2 or not G.config.shared_dim:
-        raise UserError("interpolation needs two classes, --class A B, and a shared class embedding")
+        raise UserError("interpolation needs two classes, --class A B (and no SAGAN or SN-GAN)")
     t = torch.linspace(0, 1, n)[:, None]
     z = torch.lerp(*seeded_noise([seed, seed + 1], G.config.z_dim, G.noise), t)
     z = z / (t**2 + (1 - t)**2).sqrt()              # keeps the noise's variance
@@ -569,11 +570,14 @@ class Options:
 
 def parse(arguments):
     sheets = {"sheet": ["classes", "truncation", "interpolation"]}
-    o = Options(**read_options(Options, arguments, __doc__, sheets))
+    typed = read_options(Options, arguments, __doc__, sheets)
+    o = Options(**typed)
     if o.n < 1 or min(o.npz, o.seed) < 0:
         raise UserError("--n must be at least 1, --npz and --seed at least 0")
-    if o.npz and o.export:
-        raise UserError("give one of --npz and --export")
+    if o.export and typed.keys() - {"export", "weights", "out"}:
+        raise UserError("--export takes --weights and --out alone; choose a truncation when you draw")
+    if o.sheet != "classes" and o.npz or o.sheet == "truncation" and o.trunc:
+        raise UserError("--npz draws no --sheet, and --sheet truncation needs no --trunc: leave out one")
     if WORLD > (o.npz or 1):
         raise UserError(f"{WORLD} processes share --npz, of at least {WORLD} images, and nothing else")
     usual = "sample.npz" if o.npz else "sample.png"
