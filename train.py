@@ -1,204 +1,1267 @@
 """Train BigGAN on a folder of images, or on shapes that are drawn on the fly.
 
-    python train.py --preset shapes                     ten drawn shapes, no data, minutes on two CPU cores
-    python train.py --preset cifar10                    CIFAR-10, fetched and checked
-    python train.py --preset cifar10 --data my_images   a folder with one sub-folder of images per class
-    torchrun --nproc_per_node=8 train.py --data imagenet/train      the paper's run at 128x128, on eight GPUs
-    python train.py --data imagenet/train --pack imagenet128        decode once, for --data imagenet128
-    python train.py --init runs/cifar10 --data my_images --out runs/mine --batch 64     from other weights
+    python train.py --preset shapes                 ten drawn shapes, minutes on two CPU cores
+    python train.py --preset cifar10                CIFAR-10, fetched and checked
+    python train.py --preset cifar10 --data mine    a folder with one sub-folder of images per class
+    torchrun --nproc_per_node=8 train.py --data imagenet/train      the paper's run, on eight GPUs
+    python train.py --data imagenet/train --pack imagenet128    decode once, for --data imagenet128
+    python train.py --init runs/cifar10 --data mine --out runs/mine --batch 64      from weights
 
-Under torchrun the processes share each batch, and batch norm sees all of it: a run means the same on any
-number of them. The same command again continues a run, also after a kill. A run is a folder:
+Under torchrun each process takes an equal part of every batch, and batch norm sees all of it. So a
+run computes the same on any number of processes. The same command again continues a run, also after
+a kill. A run is a folder:
 
-    config.json        every setting and the class names
+    config.json        every setting, and the names of the classes
     log.jsonl          one JSON object per logged step
-    samples/*.png      the same noise at growing steps, a row for each of 16 classes, with EMA weights
-    checkpoints/*.pt   tensors and plain values only; sample.py and metrics.py need nothing else
+    samples/*.png      the same noise at growing steps, with EMA weights, a row per class
+    checkpoints/*.pt   tensors and plain values; sample.py and metrics.py need nothing else
 
-Reading order: settings; data; the training step (in a hurry: `step_D`, `step_G`, `update`); signs of
-collapse; a run and its folder; the loop; how fast it is.
-"""
+How to read this file. Part 1: the settings, the training step, the loop. Part 2: how to notice that
+G has collapsed, and what is kept in a run's folder. Part 3: data, and in which order it comes."""
 
 import copy
 import dataclasses
-import fcntl
-import itertools
 import json
 import math
 import os
 import signal
 import sys
 import tarfile
-import time
 import warnings
+import zipfile
+import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.parallel import DistributedDataParallel
 
-from biggan import (AUGMENTATIONS, EMA, LOSSES, MODELS, Discriminator, Generator, ModelConfig, augment,
-                    clamp_sigma, fold_spectral_norm, gradient_penalty, matrix_layers,
-                    orthogonal_regularisation, processes, r1_penalty, rank, sigma_pull, singular_values,
-                    standing_statistics, truncated_normal)
-from sample import (LOCAL_RANK, WORLD, UserError, checkpoints_of, draw_seeds, fetch, image_grid,
-                    keep_freed_memory, newest_checkpoint, pick_device, progress, read_options, read_weights,
-                    run, save_atomically, say, start_processes, stop_processes, wait_for, warn)
+from biggan import (
+    AUGMENTATIONS,
+    EMA,
+    LOSSES,
+    MODELS,
+    Discriminator,
+    Generator,
+    ModelConfig,
+    UserError,
+    augment,
+    clamp_sigma,
+    fold_spectral_norm,
+    gradient_penalty,
+    matrix_layers,
+    orthogonal_regularisation,
+    processes,
+    r1_penalty,
+    rank,
+    require,
+    sigma_pull,
+    singular_values,
+    standing_statistics,
+    truncated_normal,
+)
+from sample import (
+    LOCAL_RANK,
+    WORLD_SIZE,
+    checkpoints_of,
+    command_line,
+    draw_seeds,
+    fetch,
+    image_grid,
+    keep_freed_memory,
+    newest_checkpoint,
+    pick_device,
+    progress,
+    read_weights,
+    run,
+    save_atomically,
+    say,
+    start_processes,
+    stop_processes,
+    wait_for,
+    warn,
+)
+
+try:
+    import fcntl                                    # locks files; Windows has no such module
+except ImportError:
+    fcntl = None
+
+# ==================================================================================================
+# Part 1: the recipe
+# ==================================================================================================
+
+# ----------------------------------------------------------------------------------------- settings
+# The defaults are the paper's ImageNet run at 128x128.
+
+def make_parser():
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    # What to do.
+    add("--preset", default="imagenet128", choices=PRESETS, help="named settings")
+    add("--data", help="images: a folder with a sub-folder per class, or packed; or shapes")
+    add("--held-out", help="images not trained on, to see whether D knows --data by heart")
+    add("--out", help="the run's folder; runs/PRESET unless given")
+    add("--init", help="weights to start from, which decide the architecture")
+    add("--pack", help="do not train: decode all images once, into this folder")
+
+    # The architecture.
+    add("--model", default="biggan128", choices=MODELS, help="its name")
+    add("--ch", type=int, help="width that channels are multiples of; the model's unless given")
+    add("--shared-dim", type=int, help="length of G's class embedding; 0: a table in each layer")
+
+    # The recipe.
+    add("--steps", type=int, default=150_000, help="updates of G")
+    add("--batch", type=int, default=2048, help="real images per update of D; generated ones, too")
+    add("--micro-batch", type=int, help="images at a time, over all processes; batch norm sees them")
+    add("--d-steps", type=int, default=2, help="updates of D per update of G")
+    add("--g-lr", type=float, default=5e-5, help="learning rate of G")
+    add("--d-lr", type=float, default=2e-4, help="learning rate of D")
+    add("--beta1", type=float, default=0.0, help="Adam's momentum; large runs want none")
+    add("--beta2", type=float, default=0.999, help="Adam's decay of squared gradients")
+    add("--loss", default="hinge", choices=LOSSES, help="losses of D and G")
+    add("--ortho", type=float, default=1e-4, help="weight of the orthogonal penalty on G")
+    add("--ema", type=float, default=0.9999, help="decay of the EMA weights")
+    add("--ema-start", type=int, default=20_000, help="step until which they equal G's")
+    add("--flip", type=float, default=0.5, help="probability that a real image is mirrored")
+    add("--seed", type=int, default=0, help="of the weights, the noise and the order of the data")
+
+    # Beyond the recipe.
+    add("--augment", default="", help="for few images: colour,translation,cutout or some of them")
+    add("--r1", type=float, default=0.0, help="gamma, the weight of R1; the paper tries 10 and 1")
+    add("--sigma-fixed", type=float, help="lower sigma_0 of G's layers to this (section 4.1)")
+    add("--sigma-ratio", type=float, help="lower it to so many times the second singular value")
+    add("--sigma-pull", type=float, default=0.0, help="pull it there, by a penalty of this weight")
+
+    # How to compute it.
+    add("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 if the hardware has it")
+    add("--compile", action="store_true", help="fuse operations; the first step takes minutes")
+    add("--fused-attention", action="store_true", help="less time and memory on a GPU")
+    add("--workers", type=int, help="processes that decode images; unless given 8, or 0 on a CPU")
+
+    # What to keep, and when to stop.
+    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    add("--eval-every", type=int, default=1000, help="steps between singular values, D's accuracy")
+    add("--sample-every", type=int, default=1000, help="steps between grids of samples")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints")
+    add("--keep", type=int, default=3, help="how many of the newest checkpoints remain")
+    add("--keep-every", type=int, default=25_000, help="those of every so many steps remain, too")
+    add("--on-collapse", default="stop", choices=["stop", "warn"], help="what to do then")
+    return parser
 
 
-# ---------------------------------------------------------------- settings
-
-TABLE1 = "--model sagan128 --ortho 0 "
-
-PRESETS = {  # options that differ from the defaults below
-    "shapes": "--data shapes --held-out shapes --model shapes32 --steps 3000 --batch 64 --d-steps 1 "
-              "--g-lr 2e-4 --d-lr 4e-4 --beta2 0.99 --ema 0.998 --ema-start 200 --flip 0 "
-              "--sample-every 250 --save-every 250 --eval-every 250",
-    "cifar10": "--data data/cifar10 --held-out data/cifar10-test --model biggan32 --steps 100_000 --batch 64 "
-               "--d-steps 4 --g-lr 2e-4 --ema-start 1000",
-    "imagenet64": "--model biggan64",
-    "imagenet128": "",
-    "imagenet256": "--model biggan256",
-    "imagenet512": "--model biggan512",
-    "imagenet128-deep": "--model biggan-deep-128",
-    "imagenet256-deep": "--model biggan-deep-256 --g-lr 2.5e-5 --d-lr 2.5e-5",
-    "imagenet512-deep": "--model biggan-deep-512 --g-lr 2.5e-5 --d-lr 2.5e-5",
-
-    # SN-GAN (Miyato & Koyama 2018), then table 1 and what is new in each row: SAGAN (Zhang et al. 2019)
-    "sngan128": "--model sngan128 --steps 450_000 --batch 64 --d-steps 5 --g-lr 2e-4 --beta2 0.9 --ortho 0",
-    "table1-row1": TABLE1 + "--steps 1_000_000 --batch 256 --d-steps 1 --g-lr 1e-4 --d-lr 4e-4 "
-                   "--beta2 0.9",
-    # half the learning rates, two D steps, Adam's beta2, twice the batch; larger batches
-    "table1-row2": TABLE1 + "--steps 1_000_000 --batch 512",
-    "table1-row3": TABLE1 + "--steps 1_000_000 --batch 1024",
-    "table1-row4": TABLE1 + "--steps 732_000",
-    # wider; a shared class embedding; z in chunks (biggan128); orthogonal regularisation; narrower
-    "table1-row5": TABLE1 + "--steps 295_000 --ch 96",
-    "table1-row6": TABLE1 + "--steps 185_000 --ch 96 --shared-dim 128",
-    "table1-row7": "--steps 152_000 --ortho 0",
-    "table1-row8": "--steps 165_000",
-    "table1-row9": "--steps 371_000 --ch 64",
+PRECISIONS = {                                      # what autocast computes with
+    "auto": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": None,
+    "fp64": None,
 }
 
-@dataclass
-class Settings:
-    """Every setting, its default (the paper's ImageNet run at 128x128) and what --help says of it."""
-    preset: str = "imagenet128"     # named options, listed above; those typed beside it win
-    data: str = None                # folder with a sub-folder of images per class, or packed; or shapes
-    pack: str = None                # do not train: decode all images of --data once, into this folder
-    benchmark: int = None           # do not train: time this many steps on noise
-    out: str = None                 # run folder, runs/PRESET unless given
-    init: str = None                # weights to start from, any of sample.py's; they decide the architecture
-    model: str = "biggan128"        # architecture
-    ch: int = None                  # width that all channel counts are multiples of; the model's unless given
-    shared_dim: int = None          # length of G's class embedding; 0: each layer has its own
-    steps: int = 150_000            # optimiser steps of G
-    batch: int = 2048               # real images per D step, and generated images per step of either network
-    micro_batch: int = None         # images at a time, over all processes; also what batch norm sees
-    d_steps: int = 2                # D steps per G step
-    g_lr: float = 5e-5              # Adam's learning rate for G
-    d_lr: float = 2e-4              # Adam's learning rate for D
-    beta1: float = 0.0              # Adam's momentum, 0 unless given; more makes large runs unstable
-    beta2: float = 0.999            # Adam's decay of squared gradients
-    loss: str = "hinge"             # losses of D and G
-    ortho: float = 1e-4             # beta, the weight of orthogonal regularisation on G
-    r1: float = 0.0                 # gamma, weight of the R1 penalty on D; 0: none, the paper tried 10 and 1
-    sigma_fixed: float = None       # after each step, lower the largest singular value of G's layers to this
-    sigma_ratio: float = None       # lower it to this multiple of the second largest (section 4.1)
-    sigma_pull: float = 0.0         # rather than lowering it, pull it there by a penalty of this weight
-    ema: float = 0.9999             # decay of the EMA weights
-    ema_start: int = 20_000         # step until which the EMA weights equal G's (as in the author's code)
-    flip: float = 0.5               # probability that a real image is mirrored
-    augment: str = ""               # for few images: colour,translation,cutout of all that D sees, or some
-    precision: str = "auto"         # auto: bf16 where the hardware has it, else fp32; fp16 scales the loss
-    compile: bool = False           # let torch.compile fuse operations; the first step then takes minutes
-    fused_attention: bool = False   # torch's kernel for attention: less memory and time on a GPU
-    seed: int = 0                   # of weights, noise and data order; 0 unless given
-    workers: int = None             # processes that decode images; unless given 8 beside a GPU, else 0
-    held_out: str = None            # folder of images that are not trained on: has D memorised --data?
-    log_every: int = 50             # steps between lines of log.jsonl
-    eval_every: int = 1000          # steps between evaluations: singular values and D's accuracy
-    sample_every: int = 1000        # steps between sample grids
-    save_every: int = 1000          # steps between checkpoints
-    keep: int = 3                   # how many of the newest checkpoints remain
-    keep_every: int = 25_000        # those of every so many steps remain, too
-    on_collapse: str = "stop"       # what to do when G collapses
+SAGAN = dict(model="sagan128", ortho=0.0)
+SMALL_RATES = dict(g_lr=2.5e-5, d_lr=2.5e-5)
 
+PRESETS = {                                         # what differs from the defaults above
+    "shapes": dict(
+        data="shapes",
+        held_out="shapes",
+        model="shapes32",
+        steps=3000,
+        batch=64,
+        d_steps=1,
+        g_lr=2e-4,
+        d_lr=4e-4,
+        beta2=0.99,
+        ema=0.998,
+        ema_start=200,
+        flip=0.0,
+        eval_every=250,
+        sample_every=250,
+        save_every=250,
+    ),
+    "cifar10": dict(
+        data="data/cifar10",
+        held_out="data/cifar10-test",
+        model="biggan32",
+        steps=100_000,
+        batch=64,
+        d_steps=4,
+        g_lr=2e-4,
+        ema_start=1000,
+    ),
+    "imagenet64": dict(model="biggan64"),
+    "imagenet128": dict(),
+    "imagenet256": dict(model="biggan256"),
+    "imagenet512": dict(model="biggan512"),
+    "imagenet128-deep": dict(model="biggan-deep-128"),
+    "imagenet256-deep": dict(model="biggan-deep-256", **SMALL_RATES),
+    "imagenet512-deep": dict(model="biggan-deep-512", **SMALL_RATES),
+    # SN-GAN (Miyato & Koyama 2018).
+    "sngan128": dict(
+        model="sngan128",
+        steps=450_000,
+        batch=64,
+        d_steps=5,
+        g_lr=2e-4,
+        beta2=0.9,
+        ortho=0.0,
+    ),
+    # The paper's table 1. Row 1: SAGAN (Zhang et al. 2019).
+    "table1-row1": dict(
+        **SAGAN,
+        steps=1_000_000,
+        batch=256,
+        d_steps=1,
+        g_lr=1e-4,
+        d_lr=4e-4,
+        beta2=0.9,
+    ),
+    # Twice the batch, half the rates, two updates of D, another beta2. Then larger batches.
+    "table1-row2": dict(**SAGAN, steps=1_000_000, batch=512),
+    "table1-row3": dict(**SAGAN, steps=1_000_000, batch=1024),
+    "table1-row4": dict(**SAGAN, steps=732_000),
+    # More channels; a shared class embedding; z in chunks; the orthogonal penalty; fewer channels.
+    "table1-row5": dict(**SAGAN, steps=295_000, ch=96),
+    "table1-row6": dict(**SAGAN, steps=185_000, ch=96, shared_dim=128),
+    "table1-row7": dict(steps=152_000, ortho=0.0),
+    "table1-row8": dict(steps=165_000),
+    "table1-row9": dict(steps=371_000, ch=64),
+}
 
-CHOICES = {"preset": PRESETS, "model": MODELS, "loss": LOSSES, "on_collapse": ["stop", "warn"],
-           "precision": ["auto", "bf16", "fp16", "fp32", "fp64"]}
-
-# These may differ when a run is continued: they change where and how long, not what is computed. (data: the
-# folder may have moved; the number of its images and the classes may not change.)
-FREE_TO_CHANGE = {"data", "out", "held_out", "steps", "workers", "log_every", "sample_every", "save_every",
-                  "eval_every", "keep", "keep_every", "on_collapse", "compile", "fused_attention"}
+# May differ when a run is continued: these change where and how long it runs, not what it computes.
+# (The folder of --data may have moved. The number of its images and its classes may not change.)
+FREE_TO_CHANGE = {
+    "data", "out", "held_out", "steps", "workers", "compile", "fused_attention", "on_collapse",
+    "log_every", "sample_every", "save_every", "eval_every", "keep", "keep_every",
+}
 
 
 def parse_settings(arguments):
-    """Command line -> Settings: the defaults, then the preset, then what was typed. Raises UserError."""
-    presets = "\n".join(f"  {name:<18}{options}" for name, options in PRESETS.items())
-    description = f"{__doc__}\nPresets, as the options they stand for:\n{presets}"
-    read = partial(read_options, Settings, description=description, choices=CHOICES)
-    typed = read(arguments)
-    preset = PRESETS[typed.get("preset", Settings.preset)].split()
-    s = Settings(**read(preset + arguments))
-    s.out, s.micro_batch = s.out or f"runs/{s.preset}", s.micro_batch or s.batch
-    if "data" in typed:                             # the preset's held-out images belong to its data
-        s.held_out = typed.get("held_out")
-    if s.init:
-        s.model = s.ch = s.shared_dim = None        # the weights' own
-        s.ema_start = typed.get("ema_start", 0)     # there are no random first weights to forget
+    """Command line -> settings: the defaults, then the preset's, then what was typed."""
+    parser = make_parser()
+    typed = parser.parse_args(arguments)
+    preset = dict(PRESETS[typed.preset])
+    if typed.data:
+        preset["held_out"] = None                   # the preset's belongs to the preset's data
+    if typed.init:
+        preset["ema_start"] = 0                     # there are no random weights to forget
+    parser.set_defaults(**preset)
+    args = parser.parse_args(arguments)
+    args.out = args.out or f"runs/{args.preset}"
+    args.micro_batch = args.micro_batch or args.batch
+    if args.init:                                   # the weights decide these
+        args.model = None
+        args.ch = None
+        args.shared_dim = None
+    check_settings(args)
+    return args
+
+
+def check_settings(args):
+    """Refuse settings that cannot work, or not together."""
+    every = (args.log_every, args.eval_every, args.sample_every, args.save_every, args.keep_every)
+    counts = (args.steps, args.micro_batch, args.d_steps, args.keep, *every)
+    weights = (args.g_lr, args.d_lr, args.ortho, args.r1, args.seed)
+    require(min(counts) >= 1, "--batch, --steps, --keep and counts of steps must be at least 1")
+    require(min(weights) >= 0, "rates, penalties and --seed must be at least 0")
+    require(args.data, "--data DIR is missing, with one sub-folder of images per class")
+    require(
+        args.batch % args.micro_batch == 0,
+        f"--micro-batch {args.micro_batch} does not divide --batch {args.batch}",
+    )
+    require(
+        args.micro_batch % WORLD_SIZE == 0,
+        f"{WORLD_SIZE} processes cannot share {args.micro_batch} images equally",
+    )
+    goals = [goal for goal in (args.sigma_fixed, args.sigma_ratio) if goal is not None]
+    require(
+        len(goals) == 1 or not (goals or args.sigma_pull),
+        "give one of --sigma-fixed and --sigma-ratio",
+    )
+    second_derivatives = args.r1 or args.loss == "wgan-gp"
+    require(
+        not (args.fused_attention and second_derivatives),
+        "leave out --fused-attention: the penalty is on gradients",
+    )
+    for change in filter(None, args.augment.split(",")):
+        possible = ",".join(AUGMENTATIONS)
+        require(change in AUGMENTATIONS, f"--augment {args.augment} must be some of {possible}")
+    if args.model:
+        ch = model_config(args).ch
+        require(ch % 8 == 0, "--ch must be a multiple of 8: attention uses an eighth of it")
+
+
+def model_config(args, n_classes=1):
+    """The architecture that the settings ask for."""
+    changes = {"n_classes": n_classes}
+    if args.ch is not None:
+        changes["ch"] = args.ch
+    if args.shared_dim is not None:
+        changes["shared_dim"] = args.shared_dim
+    return dataclasses.replace(MODELS[args.model], **changes)
+
+
+# -------------------------------------------------------------------------------- the training step
+# D learns d_steps times, then G once. A batch that is too large for the memory is taken in
+# micro-batches, whose gradients add up. (Batch norm in G then sees one micro-batch.) In D's turn G
+# draws in training mode, so its batch norm sees the batch, and its u and running averages move.
+#
+# With several processes each takes its part of every micro-batch, and DistributedDataParallel (DDP)
+# replaces the gradients by their mean over the processes, when the last micro-batch has added its
+# own. Penalties on D's gradient reach the same parameters in the same backward pass, so the mean is
+# theirs, too. Penalties on G's weights are the same number in every process, and so is their mean.
+
+class Trainer:
+    """G, D, their optimisers and the EMA, and the step that moves them. Knows nothing of files."""
+
+    def __init__(self, args, config, device):
+        self.args = args
+        self.config = config
+        self.device = device
+        self.step = 0
+        self.loss_d, self.loss_g, self.threshold = LOSSES[args.loss]
+        self.half = PRECISIONS[args.precision]      # 16 bits for autocast, or None
+        self.dtype = torch.float64 if args.precision == "fp64" else torch.float32
+        # This process's rows of every batch, how many it takes at a time, and what part that is.
+        self.rows = rows_of_batch(args.batch, args.micro_batch)
+        self.micro = args.micro_batch // processes()
+        self.share = self.micro / len(self.rows)
+
+        torch.manual_seed(args.seed)                # the same first weights in every process
+        self.G = Generator(config)
+        self.D = Discriminator(config)
+        for network in self.G, self.D:
+            network.to(device, self.dtype, memory_format=torch.channels_last)
+            if hasattr(network, "attention"):
+                network.attention.fused = args.fused_attention
+            if args.compile:
+                network.compile(dynamic=False)
+        self.ema = EMA(self.G, args.ema, args.ema_start)
+
+        adam = partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
+        self.opt_G = adam(self.G.parameters(), args.g_lr)
+        self.opt_D = adam(self.D.parameters(), args.d_lr)
+        # Many gradients would be too small for float16. The scaler multiplies the loss by a large
+        # number and divides the gradients by it. Where they overflow, it skips the update and
+        # halves the number. For other precisions it does nothing.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.half == torch.float16)
+        self.parallel_G = in_parallel(self.G)
+        self.parallel_D = in_parallel(self.D)
+        set_up_backend()
+
+    def train_step(self, real_batches):
+        """d_steps updates of D, then one of G. Returns what the log wants: name -> scalar."""
+        self.logged = defaultdict(float)
+        for turn in range(1, self.args.d_steps + 1):
+            real, real_labels = next(real_batches)
+            self.step_D(real, real_labels, turn)
+        self.step_G()
+        self.step += 1
+        self.ema.update(self.G, self.step)
+        return self.logged
+
+    def step_D(self, real, real_labels, turn):
+        """One update of D. Half of what it sees is real, half is generated."""
+        self.D.requires_grad_(True)                 # step_G has frozen it
+        self.opt_D.zero_grad()
+        part = 1 / self.args.d_steps                # the log holds means over D's turns
+        for batch in self.micro_batches(turn, real, real_labels):
+            with self.autocast(self.half):
+                with torch.no_grad():               # only D learns: no graph through G
+                    fake = self.G(batch.z, batch.labels)
+                fake = self.augment(fake, batch)    # the recipe leaves it as it is
+                real_logits, fake_logits = self.discriminate(batch, fake)
+            loss = self.loss_d(real_logits, fake_logits)
+            penalty = self.penalties(batch, fake)   # the recipe has none
+            self.backward(loss + penalty, self.share)
+            self.log(part * self.share, D_real=real_logits.mean(), D_fake=fake_logits.mean())
+            self.log(part * self.share, D_loss=loss, D_penalty=penalty)
+        gradient_norm = self.update(self.D, self.opt_D)
+        self.log(part, D_grad=gradient_norm)
+
+    def step_G(self):
+        """One update of G. The gradient flows back through D, whose weights do not move."""
+        self.D.requires_grad_(False)
+        self.opt_G.zero_grad()
+        self.penalise_weights()                     # the recipe: orthogonal regularisation
+        for batch in self.micro_batches(turn=0):
+            with self.autocast(self.half):
+                fake = self.parallel_G(batch.z, batch.labels)
+                fake = self.augment(fake, batch)
+                fake_logits = self.D(fake, batch.labels)
+            loss = self.loss_g(fake_logits)
+            self.backward(loss, self.share)
+            self.log(self.share, G_loss=loss)
+        gradient_norm = self.update(self.G, self.opt_G)
+        self.log(1, G_grad=gradient_norm)
+        self.clamp_singular_values()                # the recipe does not
+
+    def discriminate(self, batch, fake):
+        """D's logits for real and generated images, in one call: a large batch is faster.
+
+        (They do not mix: D has no batch norm.)"""
+        images = torch.cat([batch.real, fake])
+        labels = torch.cat([batch.real_labels, batch.labels])
+        return self.parallel_D(images, labels).chunk(2)
+
+    def autocast(self, half):
+        return torch.autocast(self.device.type, half, enabled=half is not None)
+
+    def backward(self, loss, weight=1.0):
+        """Add the gradient of weight * loss to what is there."""
+        self.scaler.scale(loss * weight).backward()
+
+    def update(self, network, optimiser):
+        """One step of a network's optimiser. Returns the norm of its gradient.
+
+        (Where float16 overflows, there is no step, and the norm is 0.)"""
+        self.scaler.unscale_(optimiser)
+        grads = [p.grad for p in network.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.scaler.is_enabled():
+            norm = norm.nan_to_num(0, 0, 0)
+        self.scaler.step(optimiser)
+        self.scaler.update()
+        return norm
+
+    def log(self, weight, **values):
+        for name, value in values.items():
+            self.logged[name] += weight * value.detach()
+
+    # What the step needs: random numbers, in micro-batches.
+
+    def random_numbers(self, turn):
+        """z, labels, mix and r of this process's rows. turn 0 is G's; 1, 2, ... are D's.
+
+        They depend on the seed, the step and the turn, not on the number of processes: each draws
+        those of the whole batch and keeps its own rows. mix is for the gradient penalty, r for
+        augmentation, r[:, 0] of generated images and r[:, 1] of real ones."""
+        n = self.args.batch
+        when = (self.args.seed, self.step, turn)
+        noise = generator("noise", *when)
+        z = truncated_normal((n, self.config.z_dim), generator=noise).to(self.dtype)
+        labels = torch.randint(self.config.n_classes, (n,), generator=noise)
+        mix = torch.rand(n, generator=generator("penalty", *when)).to(self.dtype)
+        r = torch.rand(n, 2, 3, 3, generator=generator("augmentation", *when)).to(self.dtype)
+        return [to_device(numbers[self.rows], self.device) for numbers in (z, labels, mix, r)]
+
+    def micro_batches(self, turn, real=None, real_labels=None):
+        """This process's part of the batch, in micro-batches."""
+        z, labels, mix, r = self.random_numbers(turn)
+        if real is not None and self.args.loss == "wgan-gp":
+            labels = real_labels                    # its penalty joins images of one class
+        for first in range(0, len(self.rows), self.micro):
+            part = slice(first, first + self.micro)
+            batch = MicroBatch(z[part], labels[part], mix[part], r[part])
+            if real is not None:
+                batch.real = augment(real[part].to(self.dtype), self.args.augment, batch.r[:, 1])
+                batch.real_labels = real_labels[part]
+            is_last = part.stop == len(self.rows)
+            for network in self.parallel_G, self.parallel_D:
+                network.require_backward_grad_sync = is_last    # tells DDP when to take the mean
+            yield batch
+
+    # What is beyond the recipe.
+
+    def augment(self, fake, batch):
+        return augment(fake, self.args.augment, batch.r[:, 0])
+
+    def penalties(self, batch, fake):
+        """R1 and the gradient penalty, if asked for. -> scalar"""
+        args = self.args
+        penalty = fake.new_zeros(())
+        D = self.D.forward                          # not compiled: it must be differentiated twice
+        half = None if args.precision == "fp16" else self.half      # float16 would underflow
+        with self.autocast(half):
+            if args.r1:
+                penalty = penalty + args.r1 * r1_penalty(D, batch.real, batch.real_labels)
+            if args.loss == "wgan-gp":              # 10: the paper's lambda
+                distance = gradient_penalty(D, batch.real, fake, batch.labels, batch.mix)
+                penalty = penalty + 10 * distance
+        return penalty
+
+    def penalise_weights(self):
+        """Add the gradients of the penalties on G's weights: once, as they depend on no image."""
+        args = self.args
+        if args.ortho:
+            ortho = orthogonal_regularisation(self.G)
+            self.backward(args.ortho * ortho)
+            self.log(1, ortho=ortho)
+        if args.sigma_pull:
+            pull = sigma_pull(self.G, args.sigma_fixed, args.sigma_ratio)
+            self.backward(args.sigma_pull * pull)
+
+    def clamp_singular_values(self):
+        args = self.args
+        has_goal = args.sigma_fixed or args.sigma_ratio
+        if has_goal and not args.sigma_pull:
+            clamp_sigma(self.G, args.sigma_fixed, args.sigma_ratio)
+
+    # What the log and the checkpoints need.
+
+    def parts(self):
+        """What a checkpoint holds beside the step and the architecture."""
+        return {
+            "G": self.G,
+            "D": self.D,
+            "G_ema": self.ema.model,
+            "opt_G": self.opt_G,
+            "opt_D": self.opt_D,
+            "scaler": self.scaler,
+        }
+
+    def state_dict(self):
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        return {"step": self.step, "model": dataclasses.asdict(self.config), **state}
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+
+    def start_from(self, weights, classes):
+        """Take over other weights. If the classes differ, their embeddings stay random."""
+        take_over(self.G, weights.G or weights.G_ema, classes == weights.classes)
+        take_over(self.ema.model, weights.G_ema, classes == weights.classes)
+        take_over(self.D, weights.D or {}, classes == weights.classes)
+        if classes == weights.classes:
+            say("started from --init")
+        else:
+            say("started from --init but for the embeddings of its classes")
+        if not weights.D:
+            say(
+                "it has no D, whose random weights would spoil G: train D alone for a while "
+                "(--g-lr 0), then start from that run"
+            )
+
+    @torch.no_grad()
+    def forward_in_eval(self, network, inputs, labels):
+        """network(input, label) in evaluation mode, 16 at a time. -> (N, ...) on the CPU"""
+        network.eval()
+        outputs = []
+        with self.autocast(self.half):
+            for x, y in zip(inputs.split(16), labels.split(16)):
+                x = x.to(self.device, self.dtype)
+                outputs.append(network(x, y.to(self.device)).cpu())
+        network.train()
+        return torch.cat(outputs)
+
+    def accuracy(self, images, labels):
+        """What part of real images (N, R, R, 3) uint8 does D take for real?"""
+        x = to_network(images, torch.device("cpu"))
+        logits = self.forward_in_eval(self.D, x, labels)
+        return (logits > self.threshold).float().mean().item()
+
+    def diversity(self, images, labels):
+        """How much G's images of a class differ, relative to real ones (N, R, R, 3) uint8."""
+        noise = generator("diversity", self.args.seed)
+        z = truncated_normal((len(labels), self.config.z_dim), generator=noise)
+        fake = self.forward_in_eval(self.G, z, labels)
+        real = to_network(images, torch.device("cpu"))
+        return spread_within(fake, labels) / max(1e-6, spread_within(real, labels))
+
+
+@dataclass
+class MicroBatch:
+    """What goes through the networks at once: n images of this process."""
+    z: torch.Tensor                                 # (n, z_dim)
+    labels: torch.Tensor                            # (n,): classes of the generated images
+    mix: torch.Tensor                               # (n,): for `gradient_penalty`
+    r: torch.Tensor                                 # (n, 2, 3, 3): for `augment`
+    real: torch.Tensor = None                       # (n, 3, R, R), as D sees them
+    real_labels: torch.Tensor = None                # (n,)
+
+
+def in_parallel(network):
+    """The network, with gradients that are averaged over the processes."""
+    if processes() == 1:
+        return network
+    # u and running averages are the same in all processes, and need not be sent.
+    return DistributedDataParallel(
+        network, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
+
+
+def set_up_backend():
+    torch.backends.cudnn.benchmark = True           # all steps have the same shapes
+    matmul = torch.backends.cuda.matmul             # sums of 16-bit products are taken in float32
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_fp16_reduced_precision_reduction = False
+    # The strides of a 1x1 kernel can be written in two ways, which DDP takes for a difference.
+    warnings.filterwarnings("ignore", "Grad strides do not match|.*broadcast_buffers")
+
+
+def take_over(network, state, same_classes):
+    """Load a state dict, without the tables of classes unless they are the same classes."""
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.Embedding) and not same_classes:
+            state = {key: p for key, p in state.items() if not key.startswith(name + ".")}
+    network.load_state_dict(state, strict=False)
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+GO_ON = 0
+STOP_REQUESTED = 1
+COLLAPSED = 2
+
+
+def train(trainer, data, held_out, args):
+    """Train until all steps are done, a signal asks to stop, or G collapses."""
+    def is_due(every):
+        return trainer.step % every == 0 or trainer.step == args.steps
+
+    signals = catch_signals()
+    real_batches = batches(data, args, trainer.step, trainer.device)
+    references = some_images(data, args.seed, 64, 8)
+    lines = read_log(args.out, trainer.step)
+    logged = []                                     # by the steps since the last line
+    started = perf_counter()
+    saved = trainer.step
+    ending = GO_ON
+    while trainer.step < args.steps and ending == GO_ON:
+        logged.append(trainer.train_step(real_batches))
+        collapse = None
+        if is_due(args.log_every) or is_due(args.eval_every):
+            line = {"step": trainer.step, **means_of(logged)}
+            stop_if_not_finite(trainer, line)
+            line["seconds_per_step"] = (perf_counter() - started) / len(logged)
+            if rank() == 0:
+                line["diversity"] = trainer.diversity(*references)
+                line["sigma_0"] = singular_values(trainer.G.linear.weight, 1).item()
+                if is_due(args.eval_every):
+                    line |= evaluate(trainer, data, held_out, args)
+                lines.append(line)
+                write_log(args, lines)
+                collapse = sign_of_collapse(lines, args)
+            logged = []
+            started = perf_counter()
+        if is_due(args.sample_every):
+            save_samples(trainer, args)
+        if is_due(args.save_every) and not collapse:
+            if save_checkpoint(trainer, data.classes, args):
+                saved = trainer.step
+        wish = STOP_REQUESTED if signals else GO_ON
+        ending = largest_of_all_processes(COLLAPSED if collapse else wish)
+    finish(trainer, data.classes, args, saved, ending, collapse)
+
+
+def finish(trainer, classes, args, saved, ending, collapse):
+    """Save what is not saved, and say how the run has ended."""
+    if ending == COLLAPSED:
+        give_up(
+            f"collapse at step {trainer.step}: {collapse}. The last step saved is {saved}; "
+            f"metrics.py --weights {args.out}/checkpoints/*.pt says which is best"
+        )
+    if saved < trainer.step and not save_checkpoint(trainer, classes, args):
+        raise UserError(f"step {trainer.step} is not saved; make room, then type the same command")
+    how = "stopped" if ending == STOP_REQUESTED else "done"
+    say(f"\n{how} after {trainer.step} steps; the same command continues, also with more --steps")
+
+
+def main(arguments):
+    args = parse_settings(arguments)
+    device = pick_device()
+    keep_freed_memory()
+    if args.precision == "auto":
+        args.precision = "bf16" if has_fast_bf16(device) else "fp32"
+    checkpoint, _ = newest_checkpoint(args.out)
+    initial = None
+    if checkpoint:
+        config = ModelConfig(**checkpoint["model"])
+    elif args.init:
+        initial = read_weights(args.init)
+        config = initial.config
+    else:
+        config = model_config(args)
+    data = open_data(args.data, config.resolution)
+    if args.pack:
+        return pack(data, args.pack, args.workers or os.cpu_count())
+    held_out = open_held_out(args, config.resolution, data.classes)
+    config = dataclasses.replace(config, n_classes=len(data.classes))
+    names = ", ".join(data.classes)[:80]
+    say(f"{len(data):,} images in {len(data.classes)} classes: {names}")
+    say(f"{args.precision} on {device}")
+    described = {**vars(args), "images": len(data), "classes": data.classes}
+    if checkpoint:
+        check_run(args.out, described)
+    start_processes()
+    lock = prepare_folder(args.out, described)      # kept open: closing it would release the lock
+    trainer = Trainer(args, config, device)
+    if checkpoint:
+        trainer.load_state_dict(checkpoint)
+        say(f"continuing {args.out} from step {trainer.step}")
+    elif initial:
+        trainer.start_from(initial, data.classes)
+    newest_step = largest_of_all_processes(trainer.step)
+    if largest_of_all_processes(trainer.step != newest_step):
+        give_up(f"the processes have read different checkpoints; {args.out} must be on a disk they share")
+    del checkpoint, initial                         # which stay mapped, and so on the disk
+    train(trainer, data, held_out, args)
+    stop_processes()
+
+
+def has_fast_bf16(device):
+    """Does the hardware compute in bf16? Emulated, it would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def open_held_out(args, resolution, classes):
+    if not args.held_out:
+        return None
+    held_out = open_data(args.held_out, resolution, held_out=True)
+    require(
+        held_out.classes == classes,
+        f"--held-out {args.held_out} has other classes than --data {args.data}",
+    )
+    return held_out
+
+
+# ==================================================================================================
+# Part 2: collapse, and a run's folder
+# ==================================================================================================
+
+# -------------------------------------------------------------------------------- signs of collapse
+# Sooner or later a GAN collapses: within some hundred steps its images become few, or poor, and
+# stay so (section 4). Then one stops, and uses earlier weights. The margins come from healthy runs.
+
+WINDOW_STEPS = 150              # what the newest lines say is averaged over so many steps
+MIN_DIVERSITY = 0.6             # of the best so far; less: the images have become alike
+MIN_D_LOSS = 0.02               # less: D has won
+MAX_GROWTH = 2                  # of sigma_0 within the window; more: G's first layer explodes
+
+
+def collapse_in(lines):
+    """Lines of the log, oldest first -> the sign of collapse in the newest ones, or None."""
+    first_recent_step = lines[-1]["step"] - WINDOW_STEPS
+    earlier = [line for line in lines if line["step"] <= first_recent_step]
+    if len(lines) < 4 or not earlier:
+        return None
+    first_recent = min(len(earlier), len(lines) - 3)        # at least three lines
+    recent = lines[first_recent:]
+    diversity = mean_of(recent, "diversity")
+    D_loss = mean_of(recent, "D_loss")
+    best = min(1, max(line["diversity"] for line in earlier))
+    sigmas = [line["sigma_0"] for line in recent]
+    if diversity < MIN_DIVERSITY * best:
+        change = f"diversity {diversity:.2f}, before {best:.2f}"
+        return f"images of one class have become alike: {change}"
+    if 0 <= D_loss < MIN_D_LOSS:                    # below 0: Wasserstein's, which is no such sign
+        return f"D is never wrong any more: its loss is {D_loss:.4f}"
+    if sigmas[-1] > MAX_GROWTH * min(sigmas):
+        growth = f"from {min(sigmas):.3g} to {sigmas[-1]:.3g}"
+        return f"sigma_0 of G's first layer explodes, {growth}"
+    return None
+
+
+def sign_of_collapse(lines, args):
+    """What `collapse_in` finds, unless it is expected, or to be said only."""
+    if args.g_lr == 0:                              # with G frozen, D is expected to win
+        return None
+    collapse = collapse_in(lines)
+    if collapse and args.on_collapse == "warn":
+        warn(f"step {lines[-1]['step']}: {collapse}")
+        return None
+    return collapse
+
+
+def mean_of(lines, name):
+    return sum(line[name] for line in lines) / len(lines)
+
+
+def spread_within(images, labels):
+    """Standard deviation of images (N, 3, R, R) within their classes, after averaging to 8x8.
+
+    Averaged, as a G that has collapsed may still add different noise to the same picture."""
+    small = F.adaptive_avg_pool2d(images.float(), 8)        # (N, 3, 8, 8)
+    variances = []
+    for y in labels.unique():
+        variances.append(small[labels == y].var(0, correction=0).mean())
+    return torch.stack(variances).mean().sqrt().item()
+
+
+# ------------------------------------------------------------------------------------------ the log
+
+def read_log(out, step):
+    """The lines of log.jsonl up to this step. Those after it are about to be repeated."""
+    path = Path(out, "log.jsonl")
+    if not path.exists():
+        return []
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    return [line for line in lines if line["step"] <= step]
+
+
+def write_log(args, lines):
+    """Write all lines to log.jsonl, and show the newest one."""
+    path = Path(args.out, "log.jsonl")
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    with surviving(path):
+        save_atomically(path, lambda f: f.write(text.encode()))
+    show(lines[-1], args)
+
+
+def means_of(logged):
+    """What some steps have logged -> {name: mean over these steps and all processes}."""
+    steps = [torch.stack([*values.values()]) for values in logged]
+    means = torch.stack(steps).float().mean(0)      # one number per name
+    if processes() > 1:
+        dist.all_reduce(means)
+    return dict(zip(logged[0], (means / processes()).tolist()))
+
+
+def evaluate(trainer, data, held_out, args):
+    """The first singular values of every weight, and whether D knows its training images by heart."""
+    sigma = {}
+    for letter, network in ("G", trainer.G), ("D", trainer.D):
+        for name, layer in matrix_layers(network).items():
+            sigma[f"{letter}.{name}"] = singular_values(layer.weight).tolist()
+    found = {"sigma": sigma}
+    if held_out and trainer.threshold is not None:
+        for name, images in ("D_accuracy", data), ("D_accuracy_held_out", held_out):
+            found[name] = trainer.accuracy(*some_images(images, args.seed, 512, 64))
+    return found
+
+
+def show(line, args):
+    """A line of the log on the screen. On a terminal, each takes the place of the one before."""
+    seconds = line["seconds_per_step"]
+    hours_left = (args.steps - line["step"]) * seconds / 3600
+    words = f"step {line['step']}/{args.steps}  {args.batch / seconds:.0f} img/s"
+    words += f"  {hours_left:.1f} h left"
+    for name in "D_real", "D_fake", "G_loss", "diversity", "D_accuracy":
+        if name in line:
+            words += f"  {name} {line[name]:.2f}"
+    print(words, end="\033[K\r" if sys.stdout.isatty() else "\n", flush=True)
+
+
+# --------------------------------------------------------------------------------------- the folder
+
+def check_run(out, described):
+    """Refuse to continue a run with other settings, and list each difference."""
+    before = vars(make_parser().parse_args([]))     # an option newer than the run had its default
+    before |= json.loads(Path(out, "config.json").read_text())
+    changed = []
+    for name, value in described.items():
+        if name not in FREE_TO_CHANGE and before.get(name) != value:
+            old = str(before.get(name))[:60]
+            changed.append(f"{name} was {old} and is now {str(value)[:60]}")
+    listed = "; ".join(changed)
+    require(not changed, f"{out} has other settings: {listed}; choose another --out")
+
+
+def prepare_folder(out, described):
+    """Make the folder and lock it, in the first process, so that no other run works in it.
+
+    Returns the lock, an open file. The system releases it when the process ends."""
+    if rank() > 0:
+        return None
+    for folder in "checkpoints", "samples":
+        Path(out, folder).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(out, "lock"), "w")
+    if fcntl:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another process is at work in {out}; stop it or choose another --out"
+            ) from None
+    text = json.dumps(described, indent=1)
+    save_atomically(Path(out, "config.json"), lambda f: f.write(text.encode()))
+    return lock
+
+
+@contextmanager
+def surviving(path):
+    """A full disk, or a folder that has become unwritable, costs a warning, not the run."""
     try:
-        check_settings(s)
-    except AssertionError as mistake:
-        raise UserError(mistake) from None
-    return s
+        yield
+    except (OSError, RuntimeError) as error:        # torch reports a failed write as a RuntimeError
+        warn(f"{path} could not be written ({error}); the run goes on without it")
 
 
-def check_settings(s):
-    """Asserts, with sentences for the user, that these settings can work together."""
-    missing = [s.sigma_fixed, s.sigma_ratio].count(None)
-    counts = [s.steps, s.micro_batch, s.d_steps, s.keep, s.keep_every, s.log_every, s.eval_every,
-              s.sample_every, s.save_every]
-    assert min(counts) >= 1, "--batch, --steps, --keep and all counts of steps must be at least 1"
-    assert min(s.g_lr, s.d_lr, s.ortho, s.r1, s.seed) >= 0, "rates, penalties and --seed must be at least 0"
-    second = s.r1 or s.loss == "wgan-gp"            # derivatives of gradients
-    assert not (s.fused_attention and second), "leave out --fused-attention: the penalty is on gradients"
-    assert not (s.benchmark and s.init), "--benchmark times --model: leave out --init"
-    assert s.data or s.benchmark, "--data DIR is missing, with one sub-folder of images per class"
-    assert s.batch % s.micro_batch == 0, f"--micro-batch {s.micro_batch} does not divide --batch {s.batch}"
-    assert s.micro_batch % WORLD == 0, f"{WORLD} processes cannot share {s.micro_batch} images equally"
-    assert missing == 1 or missing == 2 and not s.sigma_pull, "give one of --sigma-fixed and --sigma-ratio"
-    unknown = set(filter(None, s.augment.split(","))) - AUGMENTATIONS.keys()
-    assert not unknown, f"--augment {s.augment} must be some of {','.join(AUGMENTATIONS)}"
-    assert s.init or model_config(s).ch % 8 == 0, "--ch must be a multiple of 8, for attention's eighth of it"
+def save_checkpoint(trainer, classes, args):
+    """Write the state, then delete what need not be kept. Returns whether it succeeded."""
+    stop_if_not_finite(trainer, {})
+    path = Path(args.out, "checkpoints", f"step-{trainer.step:08d}.pt")
+    with surviving(path):
+        if rank() == 0:
+            content = {"classes": classes, **trainer.state_dict()}
+            save_atomically(path, lambda f: torch.save(content, f))
+            delete_checkpoints(args, path)
+        return True
+    return False
 
 
-def model_config(s, n_classes=1):
-    """The architecture that the settings ask for. AssertionError if they contradict each other."""
-    typed = {name: getattr(s, name) for name in ("ch", "shared_dim") if getattr(s, name) is not None}
-    return dataclasses.replace(MODELS[s.model], n_classes=n_classes, **typed)
+def delete_checkpoints(args, newest):
+    """Keep the newest --keep checkpoints, and those of every --keep-every steps."""
+    paths = [path for path in checkpoints_of(args.out) if path <= newest]
+    for path in paths[:-args.keep]:
+        step = int(path.stem.removeprefix("step-"))
+        if step % args.keep_every > 0:
+            path.unlink()
 
 
-# ---------------------------------------------------------------- data
+def save_samples(trainer, args, n_classes=16, n_seeds=10):
+    """A grid of fixed noise, a row per class, drawn with EMA weights and standing statistics."""
+    G = copy.deepcopy(trainer.ema.model).float()
+    standing_statistics(fold_spectral_norm(G))
+    if rank() > 0:
+        return
+    n_classes = min(n_classes, trainer.config.n_classes)
+    labels = np.repeat(np.arange(n_classes), n_seeds)
+    seeds = np.tile(np.arange(n_seeds), n_classes)
+    grid = image_grid(draw_seeds(G, labels, seeds), n_seeds)
+    path = Path(args.out, "samples", f"step-{trainer.step:08d}.png")
+    with surviving(path):
+        save_atomically(path, lambda f: grid.save(f, "PNG"))
 
-Image.MAX_IMAGE_PIXELS = None                       # the user's own files may have any size
+
+# ------------------------------------------------------------------------------------- when to stop
+
+def catch_signals():
+    """A list that is no longer empty once a signal asks to stop."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+
+    for number in STOP_SIGNALS:
+        # Under nohup a closed terminal is to be ignored, and stays so.
+        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+            signal.signal(number, note)
+    return received
+
+
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):                       # a closed terminal; not on Windows
+    STOP_SIGNALS.append(signal.SIGHUP)
+
+
+def largest_of_all_processes(number):
+    if processes() > 1:
+        number = torch.tensor(int(number))          # on the CPU: the GPU is not waited for
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
+
+
+def give_up(sentence):
+    """End all processes, for a reason that all of them know. The first one says it."""
+    if rank() == 0:
+        raise UserError(sentence)
+    sys.exit(2)
+
+
+def stop_if_not_finite(trainer, means):
+    """Stop before a checkpoint is written that holds a NaN: a network never recovers from one.
+
+    float16 skips single updates as a matter of course, and each halves the loss scale. It has gone
+    wrong when that has become tiny."""
+    wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
+    for network in trainer.G, trainer.D, trainer.ema.model:
+        for name, tensor in network.state_dict().items():
+            if not tensor.isfinite().all():
+                wrong.append(name)
+    if trainer.scaler.get_scale() < 2**-14:
+        wrong.append("the scaled loss")
+    if wrong:
+        give_up(
+            f"training has diverged at step {trainer.step}: {wrong[0]} is not finite; nothing of "
+            "it was saved. Start from a checkpoint: --init CHECKPOINT --out ANOTHER with lower "
+            "learning rates"
+        )
+
+
+# ==================================================================================================
+# Part 3: data
+# ==================================================================================================
+
+# --------------------------------------------------------------------------- which images, and when
+
+def generator(stream, *numbers):
+    """A random generator that depends on the name of the stream and the numbers alone."""
+    words = [zlib.crc32(stream.encode()), *numbers]
+    state, = np.random.SeedSequence(words).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state))
+
+
+def rows_of_batch(batch, micro_batch):
+    """Which rows of a batch are this process's: an equal part of every micro-batch."""
+    part = micro_batch // processes()
+    return [row for row in range(batch) if row // part % processes() == rank()]
+
+
+def in_order(length, batch, position, seed, rows):
+    """Which images come when: epoch after epoch, each in its own order. Yields lists of indices.
+
+    `position` counts the images since the start of the run. It says everything, so a run continues
+    with the image that would have come next. Of every batch, this process gets some rows."""
+    current_epoch = None
+    while True:
+        indices = []
+        for row in rows:
+            epoch, k = divmod(position + row, length)
+            if epoch != current_epoch:
+                current_epoch = epoch
+                permutation = torch.randperm(length, generator=generator("order", seed, epoch))
+            indices.append(permutation[k].item())
+        yield indices
+        position += batch
+
+
+def batches(data, args, step, device):
+    """This process's real images from `step` on, without end: (N, 3, R, R) and labels (N,)."""
+    rows = rows_of_batch(args.batch, args.micro_batch)
+    first = step * args.d_steps                     # how many batches the run has used
+    on_gpu = device.type == "cuda"
+    workers = args.workers
+    if workers is None:
+        workers = 8 if on_gpu else 0
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_sampler=in_order(len(data), args.batch, first * args.batch, args.seed, rows),
+        num_workers=workers,
+        pin_memory=on_gpu,
+        worker_init_fn=ignore_signals,
+    )
+    for number, (images, labels) in enumerate(loader, start=first):
+        x = to_network(images, device)              # (N, 3, R, R)
+        mirror = generator("mirror", args.seed, number)
+        mirrored = torch.rand(args.batch, generator=mirror)[rows] < args.flip
+        mirrored = to_device(mirrored, device).view(-1, 1, 1, 1)
+        yield torch.where(mirrored, x.flip(3), x), to_device(labels, device)
+
+
+def ignore_signals(worker):
+    """Ctrl-C reaches the workers, too. They go on, so that the training process can save."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def to_device(tensor, device):
+    """A copy on the device. From pinned memory: else the CPU would wait for the GPU."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def to_network(images, device):
+    """(N, R, R, 3) uint8 -> (N, 3, R, R) in [-1, 1], channels last in memory."""
+    return to_device(images, device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def some_images(data, seed, n, n_classes):
+    """At most n images, of some classes chosen at random: (n, R, R, 3) uint8, labels (n,)."""
+    chosen = np.random.default_rng(seed).permutation(len(data.classes))[:n_classes]
+    pairs = []
+    for y in chosen:
+        rows = np.flatnonzero(data.labels == y)[:n // len(chosen)]
+        pairs += [data[i] for i in rows]
+    images, labels = zip(*pairs)
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+
+
+# ---------------------------------------------------------------------------------------- data sets
+
+def open_data(source, resolution=None, held_out=False):
+    """`shapes`, a packed folder, an array FILE.npz, or a folder of images, as a data set.
+
+    resolution: that of the images; None for their own."""
+    path = Path(source)
+    if source == "shapes":
+        return Shapes(resolution or 32, held_out)
+    if source == "data/cifar10" and not (path / "packed.json").exists():
+        if LOCAL_RANK == 0:
+            fetch_cifar10(path.parent)
+        wait_for(path / "packed.json")
+    try:
+        if path.suffix == ".npz":
+            data = Arrays(*np.load(path).values())
+        elif (path / "packed.json").exists():
+            data = Packed(path)
+        else:
+            data = ImageFolder(path, resolution)
+    except (TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{source} does not hold images and labels: {error}") from None
+    require(
+        resolution in (None, data.resolution),
+        f"{source} has images of {data.resolution} pixels, not {resolution}; make it again",
+    )
+    return data
 
 
 class DataSet:
-    """`resolution`, `classes` (names), `labels` (n,), and items: an image (R, R, 3) uint8 and its label."""
+    """`resolution`, `classes` (names), `labels` (n,). Item i: image (R, R, 3) uint8, label."""
 
     def __len__(self):
         return len(self.labels)
 
+
+class Arrays(DataSet):
+    """Images (N, R, R, 3) uint8, labels (N,) and the names of the classes."""
+
+    def __init__(self, images, labels, classes=None):
+        self.images = images
+        self.labels = np.asarray(labels)
+        self.classes = classes or [str(k) for k in range(self.labels.max() + 1)]
+        self.resolution = images.shape[1]
+
+    def __getitem__(self, i):
+        return np.array(self.images[i]), int(self.labels[i])    # a copy, which may be written to
+
+
+class Packed(Arrays):
+    """A folder that `pack` wrote: images.npy (N, R, R, 3) uint8, packed.json (labels, classes)."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        described = json.loads((folder / "packed.json").read_text())
+        super().__init__(np.load(folder / "images.npy", mmap_mode="r"), **described)
+
+    def __reduce__(self):                           # how it is sent to a worker process: without the
+        return Packed, (self.folder,)               # images, which that process opens for itself
+
+
+def pack(data, folder, workers=0):
+    """Decode a data set once, into a packed folder. If it is interrupted, start again."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    others = {path.name for path in folder.iterdir()}
+    others.discard("images.npy")                    # which an interrupted packing leaves
+    require(not others, f"{folder} holds other files, or is packed already; choose another")
+    shape = (len(data), data.resolution, data.resolution, 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    loader = torch.utils.data.DataLoader(data, batch_size=64, num_workers=workers)
+    data[0]                                         # if no image can be read, the error comes here
+    labels = []
+    with open(folder / "images.npy", "wb") as f:
+        np.lib.format.write_array_header_1_0(f, header)
+        if hasattr(os, "posix_fallocate"):          # a disk that is too small says so now
+            os.posix_fallocate(f.fileno(), 0, f.tell() + math.prod(shape))
+        for images, some_labels in progress(loader, len(loader), "packing"):
+            f.write(images.numpy())
+            labels += some_labels.tolist()
+        f.flush()
+        os.fsync(f.fileno())
+    text = json.dumps({"labels": labels, "classes": data.classes})
+    save_atomically(folder / "packed.json", lambda f: f.write(text.encode()))
+    say("packed:", folder)
+
+
+class ImageFolder(DataSet):
+    """A folder with one sub-folder of images per class, in sorted order, or of images of one class.
+
+    Any type, colour mode and size that Pillow opens. A file that cannot be decoded is named in a
+    warning and replaced by the next one. resolution None: the power of two that fits the first."""
+
+    def __init__(self, root, resolution):
+        folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
+        folders = folders or [root]
+        files = []
+        labels = []
+        for label, folder in enumerate(folders):
+            found = images_in(folder)
+            require(
+                found,
+                f"{folder} holds no images; --data has one sub-folder of images per class, or "
+                "images of one class: are they one level down, or up?",
+            )
+            files += found
+            labels += [label] * len(found)
+        # An array of bytes. A list would be copied into every worker, as reading an object of
+        # Python's changes its count of references.
+        self.paths = np.array(files, dtype=bytes)
+        self.labels = np.array(labels)
+        self.classes = [folder.name for folder in folders]
+        self.resolution = resolution or resolution_of(os.fsdecode(files[0]))
+        self.broken = set()
+
+    def __getitem__(self, i):
+        n = len(self)
+        for k in range(i, i + n):
+            k = k % n
+            if k in self.broken:
+                continue
+            path = os.fsdecode(self.paths[k])
+            try:
+                return load_image(path, self.resolution), int(self.labels[k])
+            except Exception as reason:             # Pillow raises whatever its decoders do
+                self.broken.add(k)
+                warn(f"skipped {path}: {reason}")
+        raise UserError("none of the images can be read")
+
+
+def images_in(folder):
+    """The files of a folder that Pillow can open, by their endings: sorted paths, as bytes."""
+    known = Image.registered_extensions().items()
+    endings = {ending for ending, kind in known if kind in Image.OPEN}
+    visible = [path for path in folder.iterdir() if path.name[0] != "."]
+    return sorted(bytes(path) for path in visible if path.suffix.lower() in endings)
+
+
+def resolution_of(path):
+    """The largest power of two that fits into this image."""
+    try:
+        size = Image.open(path).size
+    except OSError as reason:
+        raise UserError(f"{path} cannot be read: {reason}") from None
+    return 2**int(math.log2(min(size)))
+
+
+Image.MAX_IMAGE_PIXELS = None                       # the user's own files may have any size
+
+
+def load_image(path, resolution):
+    """Any image file -> (R, R, 3) uint8: its central square, area-averaged to R (appendix C)."""
+    with Image.open(path) as image:
+        # A large JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster.
+        image.draft(None, (2 * resolution, 2 * resolution))
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":                   # 16-bit grey, which Pillow would clip to white
+            raise ValueError("its pixels have more than 8 bits per colour")
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = image.convert("RGB")
+    filtered = Image.Resampling.BICUBIC             # to enlarge
+    if min(image.size) >= resolution:
+        filtered = Image.Resampling.BOX             # to reduce: the mean of an area
+    return np.array(ImageOps.fit(image, (resolution, resolution), filtered))
+
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+
+
+def fetch_cifar10(folder):
+    """The official archive of CIFAR-10: fetched once, checked, and packed into two folders."""
+    archive = fetch(CIFAR10_URL, folder / "cifar-10-binary.tar.gz", CIFAR10_SHA256)
+    training = [f"data_batch_{k}.bin" for k in range(1, 6)]
+    with tarfile.open(archive) as tar:
+        classes = read_member(tar, "batches.meta.txt").decode().split()
+        for name, files in ("cifar10-test", ["test_batch.bin"]), ("cifar10", training):
+            content = b"".join(read_member(tar, file) for file in files)
+            records = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+            labels = records[:, 0]
+            images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            if not (folder / name / "packed.json").exists():
+                pack(Arrays(images, labels, classes), folder / name)
+
+
+def read_member(tar, name):
+    return tar.extractfile(f"cifar-10-batches-bin/{name}").read()
+
+
+# ------------------------------------------------------------------------------------- drawn shapes
 
 SHAPES = "arrow circle crescent cross diamond heart ring square star triangle".split()
 DRAWN = """\
@@ -217,667 +1280,35 @@ class Shapes(DataSet):
     """Ten classes of drawn shapes: bright on dark, of any hue, size and place. Image i is fixed."""
 
     def __init__(self, resolution, held_out=False):
-        self.resolution, self.classes, self.first = resolution, SHAPES, 1_000_000 * held_out
-        self.labels, self.masks = np.arange(1_000_000) % len(SHAPES), []
-        drawn = np.array([[list(shape) for shape in line.split()] for line in DRAWN.splitlines()])
-        for cells in np.uint8(255 * (drawn == "#")).swapaxes(0, 1):     # (9, 9), with stairs for slopes
-            mask = Image.fromarray(np.pad(cells, 1)).resize((88, 88), Image.Resampling.BICUBIC)
-            mask = mask.filter(ImageFilter.GaussianBlur(4))             # half a cell: stairs become slopes
-            self.masks.append(mask.point(lambda value: 255 * (value > 127)))
+        self.resolution = resolution
+        self.classes = SHAPES
+        self.labels = np.arange(1_000_000) % len(SHAPES)
+        self.first = len(self.labels) if held_out else 0
+        self.masks = [shape_mask(k) for k in range(len(SHAPES))]
 
     def __getitem__(self, i):
-        R, rng = self.resolution, np.random.default_rng(self.first + i)
-        side = int(R * rng.uniform(.64, .84))
-        corner = ((R - side) / 2 + R * rng.uniform(-.06, .06, 2)).astype(int)
+        R = self.resolution
+        rng = np.random.default_rng(self.first + i)
+        side = int(R * rng.uniform(0.64, 0.84))
+        corner = (R - side) / 2 + R * rng.uniform(-0.06, 0.06, 2)
         mask = self.masks[i % 10].rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
-        # A saturated colour of any hue (one channel full, one empty to half, one in between) on any dark one.
-        bright, dark = rng.permutation(rng.integers((200, 0, 0), (256, 100, 256))), rng.integers(0, 77, 3)
+        # A saturated colour of any hue has one channel full, one empty to half, one in between.
+        bright = rng.permutation(rng.integers((200, 0, 0), (256, 100, 256)))
+        dark = rng.integers(0, 77, 3)
         image = Image.new("RGB", (R, R), tuple(dark))
-        image.paste(tuple(bright), tuple(corner), mask.resize((side, side), Image.Resampling.BOX))
+        small = mask.resize((side, side), Image.Resampling.BOX)
+        image.paste(tuple(bright), tuple(corner.astype(int)), small)
         return np.array(image), i % 10
 
 
-class ImageFolder(DataSet):
-    """A folder with one sub-folder of images per class, in sorted order, or of images of one class.
-
-    Any file type, colour mode and size that Pillow opens. A file that cannot be decoded is named in a warning
-    and replaced by the next. resolution: None for the power of two that fits the first image."""
-
-    def __init__(self, root, resolution):
-        folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".") or [root]
-        files = [images_in(d) for d in folders]
-        if [] in files:
-            raise UserError(f"{folders[files.index([])]} holds no images; --data has one sub-folder of "
-                            "images per class, or images of one class: are they one level down, or up?")
-        self.classes, self.broken = [d.name for d in folders], set()
-        # An array, not a list, which workers would copy: reading an object changes its reference count.
-        self.paths = np.array(list(itertools.chain(*files)), dtype=bytes)
-        self.labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in files])
-        self.resolution = resolution or 2**int(math.log2(min(Image.open(self.paths[0]).size)))
-
-    def __getitem__(self, i):
-        for i in itertools.chain(range(i, len(self)), range(i)):
-            path = os.fsdecode(self.paths[i])
-            try:
-                if i not in self.broken:
-                    return load_image(path, self.resolution), int(self.labels[i])
-            except Exception as reason:             # Pillow raises whatever its decoders do
-                self.broken.add(i)
-                warn(f"skipped {path}: {reason}")
-        raise UserError("none of the images can be read")
-
-
-def images_in(folder):
-    """Paths, as bytes, of the files in a folder that Pillow opens by their ending, sorted."""
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return sorted(bytes(p) for p in folder.iterdir() if p.suffix.lower() in endings and p.name[0] != ".")
-
-
-def load_image(path, resolution):
-    """Any image file -> (R, R, 3) uint8: its central square, area-averaged to R (appendix C)."""
-    with Image.open(path) as image:
-        # A large JPEG can be decoded at 1/2, 1/4, 1/8 of its size, much faster.
-        image.draft(None, (2 * resolution, 2 * resolution))
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":                   # 16-bit grey, which Pillow would clip to white
-            raise ValueError("its pixels have more than 8 bits per colour")
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        image = image.convert("RGB")
-    how = Image.Resampling.BOX if min(image.size) >= resolution else Image.Resampling.BICUBIC
-    return np.array(ImageOps.fit(image, (resolution, resolution), how))
-
-
-class Arrays(DataSet):
-    """Images (N, R, R, 3) uint8 in memory or on the disk, labels (N,) and the class names."""
-
-    def __init__(self, images, labels, classes=None):
-        self.images, self.labels, self.resolution = images, np.asarray(labels), images.shape[1]
-        self.classes = classes or [str(k) for k in range(self.labels.max() + 1)]
-
-    def __getitem__(self, i):
-        return np.array(self.images[i]), int(self.labels[i])    # a copy, which may be written to
-
-
-# A packed folder: images.npy (N, R, R, 3) uint8 and, written last, packed.json with labels and classes.
-
-def pack(data, folder, workers=0):
-    """Decode a data set once, into a packed folder. If it is interrupted, start again."""
-    folder, R, labels = Path(folder), data.resolution, []
-    folder.mkdir(parents=True, exist_ok=True)
-    if {path.name for path in folder.iterdir()} - {"images.npy"}:      # which an interrupted one leaves
-        raise UserError(f"{folder} holds other files, or is packed already; choose another")
-    loader = torch.utils.data.DataLoader(data, batch_size=64, num_workers=workers)
-    with open(folder / "images.npy", "wb") as f:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(data), R, R, 3)}
-        np.lib.format.write_array_header_1_0(f, header)
-        os.posix_fallocate(f.fileno(), 0, f.tell() + len(data) * R * R * 3)     # a disk too small says so now
-        for images, y in progress(loader, len(loader), "packing"):
-            f.write(images.numpy())
-            labels += y.tolist()
-        f.flush()
-        os.fsync(f.fileno())
-    described = json.dumps({"labels": labels, "classes": data.classes})
-    save_atomically(folder / "packed.json", lambda f: f.write(described.encode()))
-    say("packed:", folder)
-
-
-CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
-
-
-def fetch_cifar10(folder):
-    """The official archive of CIFAR-10, fetched once, checked, and packed into two folders."""
-    with tarfile.open(fetch(CIFAR10, folder / "cifar-10-binary.tar.gz", CIFAR10_SHA256)) as tar:
-        read = lambda name: tar.extractfile(f"cifar-10-batches-bin/{name}").read()
-        classes = read("batches.meta.txt").decode().split()
-        training = [f"data_batch_{k}.bin" for k in range(1, 6)]
-        for name, files in ("cifar10-test", ["test_batch.bin"]), ("cifar10", training):
-            records = np.frombuffer(b"".join(map(read, files)), np.uint8).reshape(-1, 1 + 3 * 32 * 32)
-            images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)    # after the label
-            if not (folder / name / "packed.json").exists():
-                pack(Arrays(images, records[:, 0], classes), folder / name)
-
-
-def open_data(source, resolution=None, held_out=False):
-    """'shapes', a packed folder, an array FILE.npz or a folder of images, as a data set. Raises UserError.
-
-    resolution: None for the images' own."""
-    path = Path(source)
-    if source == "shapes":
-        return Shapes(resolution or 32, held_out)
-    if source == "data/cifar10" and not (path / "packed.json").exists():
-        if LOCAL_RANK == 0:
-            fetch_cifar10(path.parent)
-        wait_for(path / "packed.json")
-    try:
-        if path.suffix == ".npz":
-            data = Arrays(*np.load(path).values())
-        elif (path / "packed.json").exists():
-            described = json.loads((path / "packed.json").read_text())
-            data = Arrays(np.load(path / "images.npy", mmap_mode="r"), **described)
-        else:
-            data = ImageFolder(path, resolution)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source} does not hold images and labels: {error}") from None
-    if resolution not in (None, data.resolution):
-        raise UserError(f"{source} has images of {data.resolution} pixels, not {resolution}; make it again")
-    return data
-
-
-def some_images(data, seed, n, classes):
-    """n images at most, the first ones of some classes chosen at random: (n, R, R, 3) uint8, labels (n,)."""
-    chosen = np.random.default_rng(seed).permutation(len(data.classes))[:classes]
-    rows = [i for y in chosen for i in np.flatnonzero(data.labels == y)[:n // len(chosen)]]
-    images, labels = zip(*(data[i] for i in rows))
-    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
-
-
-def to_device(tensor, device):
-    """A copy on the device. From pinned memory: else the CPU would wait for the GPU."""
-    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-    return tensor.to(device, non_blocking=True)
-
-
-def to_network(images, device):
-    """(N, R, R, 3) uint8 -> (N, 3, R, R) in [-1, 1], channels last in memory."""
-    return to_device(images, device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def generator_for(*numbers):
-    """A random generator that depends on these numbers only: (seed, step, ...)."""
-    # Their number counts, too: (0, 3) and (0, 3, 0) would give the same.
-    state, = np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state))
-
-
-def in_order(length, batch, position, seed, rows):
-    """Which real image comes when: epoch after epoch, each in its own order. Lists of indices.
-
-    A position in this endless sequence says everything, so a run continues with the image that would have
-    come next. Of every batch this process gets the given rows only."""
-    drawn = None                                    # the epoch whose order is at hand
-    for start in range(position, sys.maxsize, batch):
-        indices = []
-        for row in rows:
-            epoch, k = divmod(start + row, length)
-            if epoch != drawn:
-                drawn = epoch
-                permutation = torch.randperm(length, generator=generator_for(seed, epoch))
-            indices.append(permutation[k].item())
-        yield indices
-
-
-def own_rows(s):
-    """Which rows of a batch are this process's: an equal part of every micro-batch."""
-    part = s.micro_batch // processes()
-    return [row for row in range(s.batch) if row // part % processes() == rank()]
-
-
-def batches(data, s, step, device):
-    """This process's part of the real batches from `step` on, endless: images (N, 3, R, R), labels (N,)."""
-    cuda, rows, first = device.type == "cuda", own_rows(s), step * s.d_steps
-    order = in_order(len(data), s.batch, first * s.batch, s.seed, rows)
-    workers = s.workers if s.workers is not None else 8 * cuda
-    loader = torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers, pin_memory=cuda,
-                                         worker_init_fn=ignore_signals)
-    for number, (x, y) in enumerate(loader, start=first):
-        x, generator = to_network(x, device), generator_for(s.seed, number, 0, 1)   # four: not the noise
-        mirrored = torch.rand(s.batch, generator=generator)[rows] < s.flip
-        x = torch.where(to_device(mirrored, device).view(-1, 1, 1, 1), x.flip(3), x)
-        yield x, to_device(y, device)
-
-
-STOP_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
-
-def ignore_signals(worker):
-    """Workers ignore what asks to stop: their training process saves first. Ctrl-C reaches all."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-# ---------------------------------------------------------------- the training step
-# D learns d_steps times: loss_d of D(real) and D(G(z)), with G's weights frozen. Then G learns once: loss_g
-# of D(G(z)), with D's frozen. In D's turns, too, G draws in training mode: its u and running averages move. A
-# batch that does not fit into memory is taken in micro-batches, whose gradients add up; batch norm sees one.
-# DDP averages gradients over the processes after each micro-batch; no_sync would save traffic and cost lines.
-
-class Trainer:
-    """G, D, their optimisers and the EMA, and the step that moves them. Knows nothing about files."""
-
-    SAVED = "G", "D", "G_ema", "opt_G", "opt_D", "scaler"
-
-    def __init__(self, s, config, device):
-        torch.manual_seed(s.seed)                   # the same first weights in every process
-        self.s, self.config, self.device, self.step = s, config, device, 0
-        self.dtype = torch.float64 if s.precision == "fp64" else torch.float32
-        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.precision)    # for autocast
-        self.G = Generator(config).to(device, self.dtype, memory_format=torch.channels_last)
-        self.D = Discriminator(config).to(device, self.dtype, memory_format=torch.channels_last)
-        adam = partial(torch.optim.Adam, betas=(s.beta1, s.beta2), fused=True)
-        self.opt_G, self.opt_D = adam(self.G.parameters(), s.g_lr), adam(self.D.parameters(), s.d_lr)
-        self.ema = EMA(self.G, s.ema, s.ema_start)
-        self.G_ema = self.ema.model
-        self.loss_d, self.loss_g, self.threshold = LOSSES[s.loss]
-        self.rows, self.micro = own_rows(s), s.micro_batch // processes()
-        for network in self.G, self.D:
-            if hasattr(network, "attention"):
-                network.attention.fused = s.fused_attention
-            if s.compile:
-                network.compile(dynamic=False)
-        matmul = torch.backends.cuda.matmul         # sums of 16-bit products are float32, too
-        matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
-        torch.backends.cudnn.benchmark = True       # all steps have the same shapes
-        # Many gradients would be too small for float16: the scaler multiplies the loss by a large number,
-        # divides the gradients by it, and where they overflow skips the update and halves the number.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.half == torch.float16)
-        self.parallel_G, self.parallel_D = self.G, self.D  # with gradients averaged over the processes
-        if processes() > 1:
-            # The strides of a 1x1 kernel can be written in two ways, which DDP takes for a difference.
-            warnings.filterwarnings("ignore", "Grad strides do not match|.*broadcast_buffers")
-            parallel = partial(torch.nn.parallel.DistributedDataParallel, gradient_as_bucket_view=True,
-                               broadcast_buffers=False)  # u and running averages are the same everywhere
-            self.parallel_G, self.parallel_D = parallel(self.G), parallel(self.D)
-
-    def noise(self, turn):
-        """z, y, mix (for `gradient_penalty`) and two r (for `augment`) of this process's rows, in
-        micro-batches. They depend on the seed, the step and the turn in it alone: 0 is G's, 1, 2, ... D's."""
-        generator = generator_for(self.s.seed, self.step, turn)
-        z = truncated_normal((self.s.batch, self.config.z_dim), generator=generator).to(self.dtype)
-        y = torch.randint(self.config.n_classes, (self.s.batch,), generator=generator)
-        mix = torch.rand(self.s.batch, generator=generator).to(self.dtype)
-        r = torch.rand(self.s.batch, 2, 3, 3, generator=generator).to(self.dtype)
-        own = [to_device(drawn[self.rows], self.device) for drawn in (z, y, mix, r)]
-        return zip(*(drawn.split(self.micro) for drawn in own))
-
-    def autocast(self, half):
-        return torch.autocast(self.device.type, half, enabled=half is not None)
-
-    def train_step(self, real_batches):
-        """d_steps updates of D, then one of G. Returns what the log wants, as tensors."""
-        logged = defaultdict(float)
-        for turn in range(1, self.s.d_steps + 1):
-            self.step_D(*next(real_batches), turn, logged)
-        self.step_G(logged)
-        return logged
-
-    def step_D(self, real, real_y, turn, logged):
-        s, weight = self.s, self.micro / len(self.rows)  # weight of a micro-batch
-        self.D.requires_grad_(True)                 # step_G has frozen it
-        self.opt_D.zero_grad()
-        real, real_y = real.to(self.dtype).split(self.micro), real_y.split(self.micro)
-        for x, y, (z, fake_y, mix, r) in zip(real, real_y, self.noise(turn)):
-            if s.loss == "wgan-gp":
-                fake_y = y                          # the penalty's lines join images of one class
-            with self.autocast(self.half):
-                with torch.no_grad():               # only D learns: no graph through G
-                    fake = augment(self.G(z, fake_y), s.augment, r[:, 0])
-                x = augment(x, s.augment, r[:, 1])
-                # In one call: D has no batch norm, so they do not mix, and a large batch is faster.
-                both = torch.cat([x, fake]), torch.cat([y, fake_y])
-                real_logits, fake_logits = self.parallel_D(*both).chunk(2)
-            penalty = real_logits.new_zeros(())
-            with self.autocast(None if s.precision == "fp16" else self.half):   # float16 would underflow
-                if s.r1:
-                    penalty += s.r1 * r1_penalty(self.D.forward, x, y)      # .forward is uncompiled
-                if s.loss == "wgan-gp":
-                    penalty += 10 * gradient_penalty(self.D.forward, x, fake, y, mix)
-            loss = self.loss_d(real_logits, fake_logits)
-            self.scaler.scale((loss + penalty) * weight).backward()
-            for name, value in (("D_real", real_logits.mean()), ("D_fake", fake_logits.mean()),
-                                ("D_loss", loss), ("D_penalty", penalty)):
-                logged[name] += value.detach() * weight / s.d_steps
-        self.update("D", logged, 1 / s.d_steps)
-
-    def step_G(self, logged):
-        s, weight = self.s, self.micro / len(self.rows)
-        self.D.requires_grad_(False)                # frozen: G's gradient passes through
-        self.opt_G.zero_grad()
-        if s.ortho:                                 # depends on the weights alone: once
-            ortho = orthogonal_regularisation(self.G)
-            self.scaler.scale(s.ortho * ortho).backward()
-            logged["ortho"] = ortho.detach()
-        if s.sigma_pull:
-            self.scaler.scale(s.sigma_pull * sigma_pull(self.G, s.sigma_fixed, s.sigma_ratio)).backward()
-        for z, y, _, r in self.noise(0):
-            with self.autocast(self.half):
-                fake = self.parallel_G(z, y)
-                fake_logits = self.D(augment(fake, s.augment, r[:, 0]), y)
-            loss = self.loss_g(fake_logits)
-            self.scaler.scale(loss * weight).backward()
-            logged["G_loss"] += loss.detach() * weight
-        self.update("G", logged, 1)
-        if (s.sigma_fixed or s.sigma_ratio) and not s.sigma_pull:
-            clamp_sigma(self.G, s.sigma_fixed, s.sigma_ratio)
-        self.step += 1
-        self.ema.update(self.G, self.step)
-
-    def update(self, network, logged, share):
-        """One step of a network's optimiser. Logs the gradient's norm, 0 where float16 skips the update."""
-        optimiser = getattr(self, f"opt_{network}")
-        self.scaler.unscale_(optimiser)
-        grads = [p.grad for p in getattr(self, network).parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if self.scaler.is_enabled():
-            norm = norm.nan_to_num(0, 0, 0)
-        logged[f"{network}_grad"] += norm * share
-        self.scaler.step(optimiser)
-        self.scaler.update()
-
-    def state_dict(self):
-        state = {name: getattr(self, name).state_dict() for name in self.SAVED}
-        return {"step": self.step, "model": dataclasses.asdict(self.config), **state}
-
-    def load_state_dict(self, state):
-        self.step = state["step"]
-        for name in self.SAVED:
-            getattr(self, name).load_state_dict(state[name])
-
-    def start_from(self, weights, classes):
-        """Take over other weights; for other classes, all but the class embeddings, which stay random."""
-        G, D, same = weights.G or weights.G_ema, weights.D or {}, classes == weights.classes
-        for network, state in (self.G, G), (self.G_ema, weights.G_ema), (self.D, D):
-            tables = [name for name, m in network.named_modules() if isinstance(m, torch.nn.Embedding)]
-            state = {name: p for name, p in state.items() if same or name.rpartition(".")[0] not in tables}
-            network.load_state_dict(state, strict=False)
-        say("started from --init" + " but for the embeddings of its classes" * (not same))
-        if not weights.D:
-            say("it has no D, whose random weights would spoil G: train D alone for a while (--g-lr 0), then "
-                "start from that run")
-
-    @torch.no_grad()
-    def evaluated(self, network, inputs, labels):
-        """network(input, label) in evaluation mode, on the CPU; inputs come 16 at a time."""
-        network.eval()
-        with self.autocast(self.half):
-            parts = [network(x.to(self.device, self.dtype), y.to(self.device)).cpu()
-                     for x, y in zip(inputs, labels.split(16))]
-        network.train()
-        return torch.cat(parts)
-
-    def accuracy(self, images, labels):
-        """Of real images (N, R, R, 3) uint8, the part whose logits are above the decision threshold."""
-        inputs = (to_network(x, self.device) for x in images.split(16))
-        return (self.evaluated(self.D, inputs, labels) > self.threshold).float().mean().item()
-
-    def diversity(self, real, labels):
-        """The spread of G's images within classes, relative to that of real ones (N, R, R, 3) uint8."""
-        z = truncated_normal((len(labels), self.config.z_dim), generator=generator_for(self.s.seed))
-        fake, real = self.evaluated(self.G, z.split(16), labels), to_network(real, torch.device("cpu"))
-        return spread_within(fake, labels) / max(1e-6, spread_within(real, labels))
-
-
-# ---------------------------------------------------------------- signs of collapse
-# Sooner or later a GAN collapses: within some hundred steps its images become few, or poor, and stay so
-# (section 4). Then stop, and use earlier weights. The margins come from healthy runs.
-
-WINDOW, FEW, WON, GROWTH = 150, 0.6, 0.02, 2        # steps; of the best diversity; D's loss; factor
-
-
-def spread_within(images, labels):
-    """Standard deviation, over the images of a class, of 8x8 averages of images (N, 3, R, R).
-
-    Averaged down, since a G that has collapsed may still add different noise to the same picture."""
-    small = F.adaptive_avg_pool2d(images.float(), 8)
-    variances = [small[labels == y].var(0, correction=0).mean() for y in labels.unique()]
-    return torch.stack(variances).mean().sqrt().item()
-
-
-def collapse(lines):
-    """Lines of the log, oldest first -> how the last of them show collapse, in words, or None."""
-    earlier = [line for line in lines if line["step"] <= lines[-1]["step"] - WINDOW]
-    recent = lines[min(len(earlier), len(lines) - 3):]  # WINDOW steps, but at least three lines
-    if len(lines) < 4 or not earlier:
-        return None
-    mean = lambda name: sum(line[name] for line in recent) / len(recent)
-    best, sigmas = min(1, max(line["diversity"] for line in earlier)), [line["sigma_0"] for line in recent]
-    if mean("diversity") < FEW * best:
-        return f"images of one class have become alike: diversity {mean('diversity'):.2f}, before {best:.2f}"
-    if 0 <= mean("D_loss") < WON:                   # Wasserstein's is below 0
-        return f"D is never wrong any more: its loss is {mean('D_loss'):.4f}"
-    if sigmas[-1] > GROWTH * min(sigmas):
-        return f"sigma_0 of G's first layer explodes, from {min(sigmas):.3g} to {sigmas[-1]:.3g}"
-    return None
-
-
-# ---------------------------------------------------------------- a run and its folder
-
-def check_run(out, described):
-    """Refuse to continue a run with other settings, listing each difference."""
-    # Options newer than the run had their default.
-    before = {**dataclasses.asdict(Settings()), **json.loads((out / "config.json").read_text())}
-    changed = [f"{name} was {str(before.get(name))[:60]} and is now {str(value)[:60]}"
-               for name, value in described.items()
-               if name not in FREE_TO_CHANGE and before.get(name) != value]
-    if changed:
-        raise UserError(f"{out} has other settings: {'; '.join(changed)}; choose another --out")
-
-
-def lock_run(out, described):
-    """Make the folder and keep a second process from working in it. The lock goes when this process does."""
-    for folder in "checkpoints", "samples":
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    lock = open(out / "lock", "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another process is at work in {out}; stop it or choose another --out") from None
-    save_atomically(out / "config.json", lambda f: f.write(json.dumps(described, indent=1).encode()))
-    return lock                                     # closed, it would be free
-
-
-@contextmanager
-def surviving(path):
-    """A full disk or a folder that has become unwritable costs a warning, not the run."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:        # torch reports a failed write as a RuntimeError
-        warn(f"{path} could not be written ({error}); the run goes on without it")
-
-
-def read_log(path, step):
-    """The lines of log.jsonl up to this step; those after it are about to be repeated."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in map(json.loads, lines) if line["step"] <= step]
-
-
-def save_checkpoint(trainer, classes, s):
-    """Write the state, then delete what --keep and --keep-every do not keep. Returns whether it succeeded."""
-    stop_if_not_finite(trainer, {})
-    path = Path(s.out, "checkpoints", f"step-{trainer.step:08d}.pt")
-    with surviving(path):
-        if rank() == 0:
-            save_atomically(path, lambda f: torch.save({"classes": classes, **trainer.state_dict()}, f))
-            for old in [old for old in checkpoints_of(s.out) if old <= path][:-s.keep]:
-                if int(old.stem[5:]) % s.keep_every:
-                    old.unlink()
-        return True
-    return False
-
-
-def save_samples(trainer, s, rows=16, columns=10):
-    """A grid of fixed noise, a row per class, drawn with the EMA weights and statistics of their own."""
-    G = standing_statistics(fold_spectral_norm(copy.deepcopy(trainer.G_ema).float()))
-    path = Path(s.out, "samples", f"step-{trainer.step:08d}.png")
-    if rank() == 0:
-        k = np.arange(columns * min(rows, trainer.config.n_classes))
-        images = draw_seeds(G, k // columns, k % columns)
-        with surviving(path):
-            save_atomically(path, lambda f: image_grid(images, columns).save(f, "PNG"))
-
-
-# ---------------------------------------------------------------- the loop
-
-def give_up(sentence):
-    """End all processes for a reason that all of them know; the first one says it."""
-    raise UserError(sentence) if rank() == 0 else SystemExit(2)
-
-
-def stop_if_not_finite(trainer, means):
-    """A network that has produced a NaN never recovers: stop before a checkpoint of it is written. float16
-    skips single updates as a matter of course, halving the loss scale: stop when that is tiny."""
-    wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
-    for network in trainer.G, trainer.D, trainer.G_ema:
-        wrong += [name for name, p in network.state_dict().items() if not p.isfinite().all()]
-    if trainer.scaler.get_scale() < 2**-14:
-        wrong += ["the scaled loss"]
-    if wrong:
-        give_up(f"training has diverged at step {trainer.step}: {wrong[0]} is not finite; nothing of it was "
-                "saved. Start from a checkpoint: --init CHECKPOINT --out ANOTHER with lower learning rates")
-
-
-def agreed(number):
-    """The largest of all processes' numbers."""
-    if processes() > 1:
-        number = torch.tensor(int(number))              # on the CPU: the GPU is not waited for
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
-
-
-def catch_signals():
-    """A list that is no longer empty once a signal asks to stop."""
-    stop = []
-    for number in STOP_SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means: go on
-            signal.signal(number, lambda number, frame: stop.append(number))
-    return stop
-
-
-def train(trainer, data, held_out, s):
-    """Steps, log, samples, checkpoints; until the steps are done, a signal asks to stop, or G collapses."""
-    stop, path = catch_signals(), Path(s.out, "log.jsonl")
-    log = read_log(path, trainer.step)
-    real_batches = batches(data, s, trainer.step, trainer.device)
-    references, saved, verdict, reason = some_images(data, s.seed, 64, 8), trainer.step, 0, None
-    sums, since, started = 0, trainer.step, time.perf_counter()
-    while trainer.step < s.steps and not verdict:
-        logged = trainer.train_step(real_batches)
-        sums = sums + torch.stack([*logged.values()]).float()
-        due = lambda every: trainer.step % every == 0 or trainer.step == s.steps
-        if due(s.log_every) or due(s.eval_every):
-            steps, seconds = trainer.step - since, time.perf_counter() - started
-            if processes() > 1:
-                dist.all_reduce(sums)
-            means = dict(zip(logged, (sums / processes() / steps).tolist()))
-            stop_if_not_finite(trainer, means)
-            if rank() == 0:
-                line = {"step": trainer.step, **means, "seconds_per_step": seconds / steps,
-                        "diversity": trainer.diversity(*references),
-                        "sigma_0": singular_values(trainer.G.linear.weight, 1).item()}
-                log.append(line | evaluate(trainer, data, held_out, s) if due(s.eval_every) else line)
-                with surviving(path):
-                    text = "".join(json.dumps(line) + "\n" for line in log)
-                    save_atomically(path, lambda f: f.write(text.encode()))
-                show(log[-1], s)
-                reason = collapse(log) if s.g_lr else None      # alone, D ought to win
-                if reason and s.on_collapse == "warn":
-                    warn(f"step {trainer.step}: {reason}")
-                    reason = None
-            sums, since, started = 0, trainer.step, time.perf_counter()
-        if due(s.sample_every):
-            save_samples(trainer, s)
-        if due(s.save_every) and not reason and save_checkpoint(trainer, data.classes, s):
-            saved = trainer.step
-        verdict = agreed(2 if reason else bool(stop))   # 0: go on, 1: a signal, 2: collapse
-    if verdict == 2:
-        give_up(f"collapse at step {trainer.step}: {reason}. The last step saved is {saved}; "
-                f"metrics.py --weights {s.out}/checkpoints/*.pt says which is best")
-    if saved < trainer.step and not save_checkpoint(trainer, data.classes, s):
-        raise UserError(f"step {trainer.step} is not saved; make room, then the same command continues")
-    ending = "stopped" if verdict else "done"
-    say(f"\n{ending} after {trainer.step} steps; the same command, or one with more --steps, continues")
-
-
-def evaluate(trainer, data, held_out, s):
-    """The first three singular values of every weight; and whether D has memorised its training images."""
-    found = {"sigma": {f"{network}.{name}": singular_values(layer.weight).tolist() for network in "GD"
-                       for name, layer in matrix_layers(getattr(trainer, network)).items()}}
-    for name, images in ("D_accuracy", data), ("D_accuracy_held_out", held_out):
-        if held_out and trainer.threshold is not None:
-            found[name] = trainer.accuracy(*some_images(images, s.seed, 512, 64))
-    return found
-
-
-def show(line, s):
-    """A line of the log on the screen; on a terminal, each takes the place of the one before."""
-    seconds, names = line["seconds_per_step"], ("D_real", "D_fake", "G_loss", "diversity", "D_accuracy")
-    print(f"step {line['step']}/{s.steps}  {s.batch / seconds:.0f} img/s "
-          f" {(s.steps - line['step']) * seconds / 3600:.1f} h left",
-          *(f" {name} {line[name]:.2f}" for name in names if name in line),
-          end="\033[K\r" if sys.stdout.isatty() else "\n", flush=True)
-
-
-def main(arguments):
-    s = parse_settings(arguments)
-    device = pick_device()
-    keep_freed_memory()
-    if s.precision == "auto":                       # emulated, bf16 would be slower than float32
-        cuda = device.type == "cuda"
-        fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
-        s.precision = "bf16" if fast else "fp32"
-    if s.benchmark:
-        start_processes()
-        benchmark(Trainer(s, model_config(s, MODELS[s.model].n_classes), device), s)
-        return stop_processes()
-    out, (checkpoint, _) = Path(s.out), newest_checkpoint(s.out)
-    initial = read_weights(s.init) if s.init and not checkpoint else None
-    if checkpoint:
-        config = ModelConfig(**checkpoint["model"])
-    else:
-        config = initial.config if initial else model_config(s)
-    data = open_data(s.data, config.resolution)
-    if s.pack:
-        return pack(data, s.pack, s.workers or os.cpu_count())
-    held_out = open_data(s.held_out, config.resolution, held_out=True) if s.held_out else None
-    if held_out and held_out.classes != data.classes:
-        raise UserError(f"--held-out {s.held_out} has other classes than --data {s.data}")
-    config = dataclasses.replace(config, n_classes=len(data.classes))
-    say(f"{len(data):,} images in {len(data.classes)} classes: {', '.join(data.classes)[:80]}\n"
-        f"{s.precision} on {device}")
-    described = {**dataclasses.asdict(s), "images": len(data), "classes": data.classes}
-    if checkpoint:
-        check_run(out, described)
-    start_processes()
-    lock = lock_run(out, described) if rank() == 0 else None
-    trainer = Trainer(s, config, device)
-    if checkpoint:
-        trainer.load_state_dict(checkpoint)
-        say(f"continuing {s.out} from step {trainer.step}")
-    elif initial:
-        trainer.start_from(initial, data.classes)
-    if agreed(trainer.step != agreed(trainer.step)):
-        give_up(f"the processes have read different checkpoints; {s.out} must be on a disk that they share")
-    del checkpoint, initial                         # which would stay mapped, and on the disk, for weeks
-    train(trainer, data, held_out, s)
-    stop_processes()
-
-
-# ---------------------------------------------------------------- how fast is it?
-
-def benchmark(trainer, s):
-    """Time steps on noise, count their operations, compare with one large matrix product."""
-    device, R, n = trainer.device, trainer.config.resolution, len(trainer.rows)
-    y = torch.zeros(n, dtype=torch.int64, device=device)
-    real = itertools.repeat((torch.rand(n, 3, R, R, device=device) * 2 - 1, y))
-    step = seconds_of(lambda: trainer.train_step(real), s.benchmark)
-    step_G = seconds_of(lambda: trainer.step_G(defaultdict(float)), s.benchmark)
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        trainer.train_step(real)
-    side = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(side, side, device=device, dtype=trainer.half or trainer.dtype)
-    peak = 2e-12 * side**3 / seconds_of(lambda: a @ a, 10)
-    tera = counter.get_total_flops() / 1e12         # 2 for a multiplication and an addition, also of zeros
-    say(f"{s.batch * s.d_steps / step:.1f} real images per second; {1000 * step:.0f} ms per step: "
-        f"{s.d_steps} times {1000 * (step - step_G) / s.d_steps:.0f} for D, {1000 * step_G:.0f} for G; "
-        f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory; {tera:.3f} TFLOP per process, "
-        f"{tera / step / peak:.0%} of a matrix product's {peak:.2f} per second")
-
-
-def seconds_of(work, times):
-    """Mean seconds that some work takes, in which the device is not waited for; twice before to warm up."""
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return timer.timeit(times).mean
+def shape_mask(k):
+    """Shape k, white on black, 88 pixels wide."""
+    lines = [line.split()[k] for line in DRAWN.splitlines()]
+    cells = np.array([list(line) for line in lines]) == "#"         # (9, 9), with stairs for slopes
+    mask = Image.fromarray(np.pad(np.uint8(255 * cells), 1))
+    mask = mask.resize((88, 88), Image.Resampling.BICUBIC)
+    mask = mask.filter(ImageFilter.GaussianBlur(4))     # half a cell: stairs become slopes
+    return mask.point(lambda value: 255 * (value > 127))
 
 
 if __name__ == "__main__":
