@@ -83,8 +83,8 @@ def power_iteration(W, u, steps=1, eps=1e-12):
     u v^T: exact once they have converged. Miyato et al. 2018 (SN-GAN), algorithm 1."""
     with torch.no_grad():
         for _ in range(steps):
-            v = F.normalize(W.T @ u, dim=0)
-            u = F.normalize(W @ v, dim=0)
+            v = F.normalize(W.T @ u, dim=0, eps=eps)
+            u = F.normalize(W @ v, dim=0, eps=eps)
     sigma = u @ (W @ v)
     return sigma, u, v
 
@@ -358,20 +358,12 @@ class ModelConfig:
         return self.c_dim if self.deep else self.z_dim
 
 
-AT_128 = dict(
-    resolution=128,
-    g_channels=(16, 16, 8, 4, 2, 1),
-    d_channels=(1, 2, 4, 8, 16, 16),
-)
+AT_128 = dict(resolution=128, g_channels=(16, 16, 8, 4, 2, 1), d_channels=(1, 2, 4, 8, 16, 16))
 AT_256 = dict(
-    resolution=256,
-    g_channels=(16, 16, 8, 8, 4, 2, 1),
-    d_channels=(1, 2, 4, 8, 8, 16, 16),
+    resolution=256, g_channels=(16, 16, 8, 8, 4, 2, 1), d_channels=(1, 2, 4, 8, 8, 16, 16)
 )
 AT_512 = dict(
-    resolution=512,
-    g_channels=(16, 16, 8, 8, 4, 2, 1, 1),
-    d_channels=(1, 1, 2, 4, 8, 8, 16, 16),
+    resolution=512, g_channels=(16, 16, 8, 8, 4, 2, 1, 1), d_channels=(1, 1, 2, 4, 8, 8, 16, 16)
 )
 DEEP = dict(ch=128, z_dim=128, skip_z=False, deep=True, rgb_filters=128)
 OLDER = dict(ch=64, z_dim=128, skip_z=False, shared_dim=0)      # each layer has a class table
@@ -387,36 +379,17 @@ MODELS = {
     "biggan-deep-512": ModelConfig(**AT_512, **DEEP),
     # Small images, as in the author's PyTorch code.
     "biggan64": ModelConfig(
-        resolution=64,
-        g_channels=(16, 16, 8, 4, 2),
-        d_channels=(1, 2, 4, 8, 16),
-        z_dim=100,
-        ch=64,
-        g_attention=32,
-        d_attention=32,
+        resolution=64, g_channels=(16, 16, 8, 4, 2), d_channels=(1, 2, 4, 8, 16),
+        ch=64, z_dim=100, g_attention=32, d_attention=32,
     ),
     "biggan32": ModelConfig(
-        resolution=32,
-        g_channels=(4, 4, 4, 4),
-        d_channels=(4, 4, 4, 4),
-        z_dim=128,
-        ch=64,
-        n_classes=10,
-        d_plain=2,
-        g_attention=0,
-        d_attention=0,
+        resolution=32, g_channels=(4, 4, 4, 4), d_channels=(4, 4, 4, 4), d_plain=2,
+        ch=64, z_dim=128, g_attention=0, d_attention=0, n_classes=10,
     ),
     # Ours, for drawn shapes on two CPU cores: narrow where the pixels are many.
     "shapes32": ModelConfig(
-        resolution=32,
-        g_channels=(4, 4, 2, 1),
-        d_channels=(1, 2, 4, 4),
-        z_dim=64,
-        ch=32,
-        n_classes=10,
-        g_attention=16,
-        d_attention=16,
-        shared_dim=32,
+        resolution=32, g_channels=(4, 4, 2, 1), d_channels=(1, 2, 4, 4),
+        ch=32, z_dim=64, g_attention=16, d_attention=16, n_classes=10, shared_dim=32,
     ),
     # Where BigGAN comes from: SN-GAN with projection (Miyato & Koyama 2018), then SAGAN (Zhang et
     # al. 2019), the first row of the paper's table 1, which adds attention, spectral norm in G and

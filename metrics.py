@@ -16,7 +16,6 @@ How to read this file. Part 1: what the scores are, and Inception. Part 2: the s
 distance of images. Part 3: sets of images, and the command."""
 
 import json
-import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,25 +25,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from biggan import UserError, processes, rank, require
-from sample import (
-    CACHE,
-    check_output,
-    command_line,
-    draw_seeds,
-    fetch,
-    gather_rows,
-    keep_freed_memory,
-    pick_device,
-    read_generator,
-    read_tensors,
-    rows_of_this_process,
-    run,
-    save_atomically,
-    say,
-    start_processes,
-    stop_processes,
-)
-from train import open_data
+from sample import (CACHE, check_output, command_line, draw_seeds, fetch, gather_rows,
+                    keep_freed_memory, pick_device, read_generator, read_tensors,
+                    rows_of_this_process, run, save_atomically, save_text, say, start_processes,
+                    stop_processes)
+from train import open_data, read_npz
 
 # ==================================================================================================
 # Part 1: scores
@@ -67,13 +52,13 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     trace_of_root = np.linalg.svd(A.T @ B, compute_uv=False).sum()
     between = np.square(np.subtract(mu1, mu2, dtype=np.float64)).sum()
     distance = between + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root
-    return float(max(0, distance))                  # rounding may give -1e-12
+    return float(max(0, distance))          # rounding may give -1e-12
 
 
 def factor(cov):
     """A (d, rank) with A A^T = C, from its eigenvectors, each times the root of its eigenvalue."""
     values, vectors = np.linalg.eigh(cov)
-    nonzero = values > 1e-12 * values[-1]           # what is left is rounding
+    nonzero = values > 1e-12 * values[-1]   # what is left is rounding
     return vectors[:, nonzero] * np.sqrt(values[nonzero])
 
 
@@ -128,7 +113,7 @@ def precision_recall(real, fake, k=3):
     A set covers the balls around its points, each as large as the distance to the point's k-th
     nearest neighbour in the set (Kynkaanniemi et al. 2019). Precision falls when images are poor,
     recall when they lack variety."""
-    centre = torch.as_tensor(real).mean(0)          # distances stay the same, and round less
+    centre = torch.as_tensor(real).mean(0)  # distances stay the same, and round less
     real = torch.as_tensor(real) - centre
     fake = torch.as_tensor(fake) - centre
     return covered(fake, real, k), covered(real, fake, k)
@@ -137,13 +122,14 @@ def precision_recall(real, fake, k=3):
 def covered(points, centres, k):
     """The part of the points (M, d) that lies in a ball around one of the centres (N, d)."""
     radii = []
-    for x in centres.split(1000):                   # k + 1: the nearest centre is the point itself
+    for x in centres.split(1000):           # k + 1: the nearest centre is the point itself
         radii.append(torch.cdist(x, centres).kthvalue(k + 1).values)
-    radii = torch.cat(radii)                        # (N,)
+    radii = torch.cat(radii)                # (N,)
     inside = []
     for x in points.split(1000):
         inside.append((torch.cdist(x, centres) <= radii).any(1))
-    return torch.cat(inside).double().mean().item()
+    part = torch.cat(inside).double().mean()
+    return part.item()
 
 
 def sliced_wasserstein(a, b, projections=512, seed=0):
@@ -158,7 +144,7 @@ def sliced_wasserstein(a, b, projections=512, seed=0):
     directions = torch.randn(projections, a.shape[1], generator=generator, dtype=a.dtype)
     directions = F.normalize(directions, dim=1)
     total = 0.0
-    for some in directions.split(32):               # (32, d)
+    for some in directions.split(32):       # (32, d)
         line_a = np.sort((some @ a.T).numpy())      # (32, N)
         line_b = np.sort((some @ b.T).numpy())
         total += np.abs(line_a - line_b).mean(1).sum()
@@ -205,23 +191,23 @@ class Inception(nn.Module):
                 self.register_buffer(name, tensor)
             self.to(memory_format=torch.channels_last)
             _, logits = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-            sound = logits.shape == (1, 1008) and logits.isfinite().all()
-            require(sound, "not 1,008 finite outputs")
+            require(logits.shape == (1, 1008), "not 1,008 outputs")
+            require(logits.isfinite().all(), "its outputs are not finite")
         except (UserError, AttributeError, KeyError, RuntimeError) as error:
             raise UserError(f"not Inception of 2015 ({error}), which is {INCEPTION_URL}") from None
 
     @torch.no_grad()
-    def forward(self, x):                           # (N, 3, H, W) uint8
-        x = x.to(self.fc_bias)                      # its device and dtype
+    def forward(self, x):                   # (N, 3, H, W) uint8
+        x = x.to(self.fc_bias)              # its device and dtype
         x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
         x = (x / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         x = self.conv(x, "Conv2d_1a_3x3", stride=2, padding=0)      # (N, 32, 149, 149)
         x = self.conv(x, "Conv2d_2a_3x3", padding=0)                # (N, 32, 147, 147)
-        x = self.conv(x, "Conv2d_2b_3x3")           # (N, 64, 147, 147)
-        x = F.max_pool2d(x, 3, stride=2)            # (N, 64, 73, 73)
-        x = self.conv(x, "Conv2d_3b_1x1")           # (N, 80, 73, 73)
+        x = self.conv(x, "Conv2d_2b_3x3")   # (N, 64, 147, 147)
+        x = F.max_pool2d(x, 3, stride=2)    # (N, 64, 73, 73)
+        x = self.conv(x, "Conv2d_3b_1x1")   # (N, 80, 73, 73)
         x = self.conv(x, "Conv2d_4a_3x3", padding=0)                # (N, 192, 71, 71)
-        x = F.max_pool2d(x, 3, stride=2)            # (N, 192, 35, 35)
+        x = F.max_pool2d(x, 3, stride=2)    # (N, 192, 35, 35)
         for block in "Mixed_5b", "Mixed_5c", "Mixed_5d":
             x = self.mixed(x, block, AT_35)         # (N, 288, 35, 35) in the end
         x = self.halve(x, "Mixed_6a", TO_17)        # (N, 768, 17, 17)
@@ -231,7 +217,7 @@ class Inception(nn.Module):
         x = self.mixed(x, "Mixed_7b", AT_8)         # (N, 2048, 8, 8)
         maximum = F.max_pool2d(x, 3, stride=1, padding=1)
         x = self.mixed(x, "Mixed_7c", AT_8, maximum)
-        features = x.mean((2, 3))                   # (N, 2048)
+        features = x.mean((2, 3))           # (N, 2048)
         return features, F.linear(features, self.fc_weight, self.fc_bias)
 
     def conv(self, x, name, stride=1, padding="same"):
@@ -293,10 +279,10 @@ def blur(x, gain=1.0):
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=x.shape[1])
 
 
-def enlarge(x):                                     # (N, C, H, W) -> (N, C, 2H, 2W)
+def enlarge(x):                             # (N, C, H, W) -> (N, C, 2H, 2W)
     one = x.new_ones(x.shape[1], 1, 1, 1)
     spread = F.conv_transpose2d(x, one, stride=2, output_padding=1, groups=x.shape[1])
-    return blur(spread, gain=4)                     # 4, as three of four pixels are zero
+    return blur(spread, gain=4)             # 4, as three of four pixels are zero
 
 
 def laplacian_pyramid(x):
@@ -353,19 +339,19 @@ def pyramid_distances(real, fake):
 # Part 3: sets of images, and the command
 # ==================================================================================================
 
-N_KEPT = 50_000                 # of so many images features are kept: KID, precision, recall, IS
-N_PATCHED = 2048                # of so many pixels are kept: the sliced Wasserstein distance
+N_KEPT = 50_000                 # of so many images the features are kept, for KID, IS and so on
+N_PATCHED = 2048                # of so many the pixels, for the sliced Wasserstein distance
 
 
 @dataclass
 class Features:
     """What the scores need of n images."""
     n: int
-    mu: np.ndarray = None                           # mean (2048,) of all features
-    cov: np.ndarray = None                          # and covariance (2048, 2048)
-    kept: torch.Tensor = None                       # features of the first images (N_KEPT, 2048)
-    probs: np.ndarray = None                        # and class probabilities (N_KEPT, 1008)
-    pixels: np.ndarray = None                       # the first images (N_PATCHED, R, R, 3) uint8
+    mu: np.ndarray = None                   # mean (2048,) of all features
+    cov: np.ndarray = None                  # and covariance (2048, 2048)
+    kept: torch.Tensor = None               # features of the first images (N_KEPT, 2048)
+    probs: np.ndarray = None                # and class probabilities (N_KEPT, 1008)
+    pixels: np.ndarray = None               # the first images (N_PATCHED, R, R, 3) uint8
 
 
 def features_of(images, n, inception, what):
@@ -471,28 +457,16 @@ def parse(arguments):
 
 def real_features(args, resolution, inception):
     """Of --data, or the statistics that --save-stats or another program wrote."""
-    stored = stored_statistics(args.data)
-    if stored:
-        return stored
+    if args.data.endswith(".npz"):
+        stored = read_npz(args.data)
+        if "mu" in stored:
+            return Features(0, stored["mu"], stored["sigma"])
     data = open_data(args.data, resolution, held_out=True)
     n = args.n if args.data == "shapes" else None
     real = features_of_data(data, n, inception)
     if args.save_stats and rank() == 0:
         save_atomically(args.save_stats, lambda f: np.savez(f, mu=real.mu, sigma=real.cov))
     return real
-
-
-def stored_statistics(path):
-    """The Features of a file FILE.npz with mu and sigma, or None for other data."""
-    if not path.endswith(".npz"):
-        return None
-    try:
-        stored = np.load(path)
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} does not hold arrays: {error}") from None
-    if "mu" not in stored:
-        return None
-    return Features(0, stored["mu"], stored["sigma"])
 
 
 def sets_to_score(args, inception):
@@ -525,8 +499,9 @@ def main(arguments):
             real = real_features(args, resolution, inception)
         if rank() > 0:
             continue
-        same = not results or results[0]["resolution"] == resolution
-        require(same, "score weights of different resolutions one by one")
+        if results:
+            same = results[0]["resolution"] == resolution
+            require(same, "score weights of different resolutions one by one")
         scores = compare(real, fake)
         require(scores, "statistics need Inception: leave out --inception none")
         settings = {
@@ -543,7 +518,7 @@ def main(arguments):
         numbers = [f"{key} {value:.4g}" for key, value in scores.items() if key != "SWD_levels"]
         say(f"{name}, truncation {truncation}, n {fake.n:,}: {'  '.join(numbers)}")
         text = json.dumps(results, indent=1)
-        save_atomically(args.out, lambda f: f.write(text.encode()))
+        save_text(args.out, text)
     if len(results) > 1:
         key = "FID" if inception else "SWD"
         best = min(results, key=lambda result: result[key])

@@ -45,20 +45,8 @@ import torch.distributed as dist
 from PIL import Image
 from torch.distributed.rendezvous import rendezvous
 
-from biggan import (
-    MODELS,
-    Discriminator,
-    Generator,
-    ModelConfig,
-    UserError,
-    fold_spectral_norm,
-    processes,
-    rank,
-    require,
-    scaled_normal,
-    standing_statistics,
-    truncated_normal,
-)
+from biggan import (MODELS, Discriminator, Generator, ModelConfig, UserError, fold_spectral_norm,
+                    processes, rank, require, scaled_normal, standing_statistics, truncated_normal)
 
 # ==================================================================================================
 # Part 1: from weights to pictures
@@ -71,16 +59,16 @@ HERE = Path(__file__).resolve().parent
 class LoadedGenerator(Generator):
     """A generator made of stored weights. After `set_truncation` it is ready to draw:
 
-        z = G.noise((N, G.config.z_dim))            # (N, z_dim)
-        images = G(z, y)                            # y (N,) -> (N, 3, R, R) in [-1, 1]
+        z = G.noise((N, G.config.z_dim))    # (N, z_dim)
+        images = G(z, y)                    # y (N,) -> (N, 3, R, R) in [-1, 1]
 
     G.classes are the names of its classes."""
 
-    def __init__(self, weights):                    # weights: a Weights, see part 2
+    def __init__(self, weights):            # weights: a Weights, see part 2
         config = weights.config
-        if weights.scaled_noise:                    # of BigGAN-deep, already divided by their sigma
+        if weights.scaled_noise:            # of BigGAN-deep, already divided by their sigma
             config = dataclasses.replace(config, g_sn_eps=None)
-        with torch.device("meta"):                  # shapes without memory: the weights come next
+        with torch.device("meta"):          # shapes without memory: the weights come next
             super().__init__(config)
         self.load_state_dict(weights.G_ema, assign=True)
         self.float().eval().requires_grad_(False)
@@ -150,11 +138,11 @@ def draw(G, z, y):
     for some_z, some_y in zip(z.split(16), y.split(16)):        # 16 images at a time
         x = G(some_z.to(device), some_y.to(device))             # (16, 3, R, R) in [-1, 1]
         require(
-            x.isfinite().all(),                     # else it would be hidden by the conversion
+            x.isfinite().all(),             # else it would be hidden by the conversion
             "the generator draws pixels that are not finite; use an earlier checkpoint",
         )
-        pixels = ((x + 1) * 127.5).round().byte()
-        images.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        pixels = ((x + 1) * 127.5).round().byte().cpu()
+        images.append(pixels.permute(0, 2, 3, 1).numpy())
     return np.concatenate(images)
 
 
@@ -175,12 +163,12 @@ def draw_seeds(G, labels, seeds, noise=truncated_normal):
 
 def image_grid(images, columns):
     """(N, R, R, 3) uint8 -> a Pillow image that shows them in rows, on white."""
-    missing = -len(images) % columns                # how many cells of the last row stay empty
+    missing = -len(images) % columns        # how many cells of the last row stay empty
     padding = ((0, missing), (1, 1), (1, 1), (0, 0))
     images = np.pad(images, padding, constant_values=255)       # a border around each
     N, H, W, _ = images.shape
     rows = images.reshape(N // columns, columns, H, W, 3)
-    rows = rows.swapaxes(1, 2)                      # (rows, H, columns, W, 3): lines of pixels
+    rows = rows.swapaxes(1, 2)              # (rows, H, columns, W, 3): lines of pixels
     return Image.fromarray(rows.reshape(-1, columns * W, 3))
 
 
@@ -206,13 +194,13 @@ def interpolation_rows(G, classes, n, seed):
         "interpolation needs two classes, --class A B (and no SAGAN or SN-GAN)",
     )
     say("drawing one row in which the noise changes, one in which the class does, one with both")
-    t = torch.linspace(0, 1, n)[:, None]            # (n, 1)
+    t = torch.linspace(0, 1, n)[:, None]    # (n, 1)
     first_z, last_z = seeded_noise([seed, seed + 1], G.config.z_dim, G.noise)
-    z = torch.lerp(first_z, last_z, t)              # (n, z_dim)
+    z = torch.lerp(first_z, last_z, t)      # (n, z_dim)
     # A mean of two independent vectors is shorter than either. This keeps their length.
     z = z / (t**2 + (1 - t)**2).sqrt()
     first_y, last_y = G.shared.weight[classes].cpu()
-    y = torch.lerp(first_y, last_y, t)              # (n, shared_dim)
+    y = torch.lerp(first_y, last_y, t)      # (n, shared_dim)
     same_z = z[:1].expand_as(z)
     same_y = y[:1].expand_as(y)
     return draw(G, torch.cat([z, same_z, z]), torch.cat([same_y, y, y]))
@@ -242,7 +230,7 @@ def class_title(classes, k):
 
 def class_indices(wanted, classes):
     """What was typed after --class -> indices. Each is `all`, a number, a name, or a word of it."""
-    names = []                                      # of each class: its name, its ImageNet words
+    names = []                              # of each class: its name, its ImageNet words
     for name in classes:
         words = imagenet_words().get(name, [])
         names.append([word.lower() for word in (name, *words)])
@@ -264,8 +252,9 @@ def class_index(text, classes, names):
     if not found:
         found = [k for k, of_class in enumerate(names) if word.search(" ".join(of_class))]
     if len(found) != 1:
-        candidates = found or range(len(classes))
-        titles = ", ".join(class_title(classes, k) for k in candidates[:20])
+        if not found:
+            found = range(len(classes))
+        titles = ", ".join(class_title(classes, k) for k in found[:20])
         raise UserError(f"--class {text} must be one of {len(classes)}, a number or name: {titles}")
     return found[0]
 
@@ -386,12 +375,12 @@ def export(weights, out):
 class Weights:
     """What a file of weights holds, whatever its origin, in the names and layouts of biggan.py."""
     config: ModelConfig
-    G_ema: dict                                     # name -> tensor
-    classes: list = None                            # names of the classes
-    G: dict = None                                  # to train on, where it is at hand
+    G_ema: dict                             # name -> tensor
+    classes: list = None                    # names of the classes
+    G: dict = None                          # to train on, where it is at hand
     D: dict = None
-    statistics: dict = None                         # batch norm's: name -> (C,) or (truncations, C)
-    scaled_noise: bool = False                      # BigGAN-deep's: truncation scales the noise
+    statistics: dict = None                 # batch norm's: name -> (C,) or (truncations, C)
+    scaled_noise: bool = False              # BigGAN-deep's: truncation scales the noise
 
 
 CACHE = Path(torch.hub.get_dir(), "biggan")         # in ~/.cache/torch
@@ -477,7 +466,7 @@ def from_deep(state):
         by_pixel = rows.view(16, len(rows) // 16, -1)
         state[name] = by_pixel.transpose(0, 1).reshape(rows.shape)
     state["attention.gamma"] = state["attention.gamma"].squeeze()
-    tables = statistics_of(state)                   # a row for each truncation
+    tables = statistics_of(state)           # a row for each truncation
     for name, table in tables.items():
         state[name] = table[-1]
     resolution = 4 * 2**(count_blocks(state) // 2)
@@ -534,7 +523,8 @@ def read_weights(weights=None):
             found = from_deep(content)
         else:
             found = from_port(content, path)
-        found.classes = found.classes or class_names(found.config.n_classes)
+        if found.classes is None:
+            found.classes = class_names(found.config.n_classes)
         check_weights(found)
     except (UserError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error)[:200]
@@ -550,7 +540,7 @@ def check_weights(found):
     for state, network in networks:
         if state is None:
             continue
-        with torch.device("meta"):                  # shapes without memory
+        with torch.device("meta"):          # shapes without memory
             network(found.config).load_state_dict(state, assign=True)
         wrong = [name for name, tensor in state.items() if not tensor.isfinite().all()]
         require(not wrong, f"{wrong} are not finite")
@@ -559,7 +549,9 @@ def check_weights(found):
 def find_weights(weights):
     """What was typed after --weights, or None -> the content of the file, and its path."""
     if weights is None:
-        weights = newest_run() or "biggan-deep-256"
+        weights = newest_run()
+        if weights is None:
+            weights = "biggan-deep-256"
         say(f"drawing with {weights}; --weights chooses another")
     source = BY_NAME.get(weights, str(weights))
     if "://" in source:
@@ -608,11 +600,11 @@ def newest_checkpoint(run_folder):
 def read_tensors(path):
     """What torch.save wrote, if it is tensors and plain values. Never runs code from the file."""
     try:
-        zipped = zipfile.is_zipfile(path)           # torch's format since 2020, with checksums
+        zipped = zipfile.is_zipfile(path)   # torch's format since 2020, with checksums
         if zipped and zipfile.ZipFile(path).testzip():
             raise ValueError("wrong checksum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception:                               # torch and zipfile raise what their parsers do
+    except Exception:                       # torch and zipfile raise what their parsers do
         raise UserError(
             f"{path} was not loaded: it is damaged, no file of weights, or holds more than "
             "tensors and plain values and could run code"
@@ -627,7 +619,7 @@ def fetch(url, path, hash_prefix=None):
         show = sys.stderr.isatty()
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=show)
-        except Exception as error:                  # no network, no such file, another hash
+        except Exception as error:          # no network, no such file, another hash
             raise UserError(f"{url}: {error}; fetch it elsewhere and put it at {path}") from None
     return wait_for(path)
 
@@ -733,10 +725,14 @@ def save_atomically(path, write):
         with open(temporary, "wb") as f:
             write(f)
             f.flush()
-            os.fsync(f.fileno())                    # on the disk before the name points at it
+            os.fsync(f.fileno())            # on the disk before the name points at it
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_text(path, text):
+    save_atomically(path, lambda f: f.write(text.encode()))
 
 
 # ---------------------------------------------------------------------------- devices and processes
@@ -750,8 +746,12 @@ def pick_device():
     """This process's GPU, or the CPU if there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.backends.cuda.matmul.allow_tf32 = False   # TF32 would round float32 to 10 bits
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = False               # TF32 would round float32 to 10 bits
     torch.backends.cudnn.allow_tf32 = False
+    # Sums of 16-bit products are taken in float32.
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_fp16_reduced_precision_reduction = False
     torch.cuda.set_device(LOCAL_RANK)
     return torch.device("cuda", LOCAL_RANK)
 
@@ -797,8 +797,8 @@ def keep_freed_memory():
     costs training 10 to 25% of its time, and drawing up to half."""
     if sys.platform == "linux" and not torch.cuda.is_available():
         c_library = ctypes.CDLL(None)
-        c_library.mallopt(-4, 0)                    # M_MMAP_MAX: no block outside the heap
-        c_library.mallopt(-1, -1)                   # M_TRIM_THRESHOLD: keep all of it
+        c_library.mallopt(-4, 0)            # M_MMAP_MAX: no block outside the heap
+        c_library.mallopt(-1, -1)           # M_TRIM_THRESHOLD: keep all of it
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ a kill. A run is a folder:
     samples/*.png      the same noise at growing steps, with EMA weights, a row per class
     checkpoints/*.pt   tensors and plain values; sample.py and metrics.py need nothing else
 
-How to read this file. Part 1: the settings, the training step, the loop. Part 2: how to notice that
-G has collapsed, and what is kept in a run's folder. Part 3: data, and in which order it comes."""
+How to read this file. Part 1: the settings, the training step, the loop. Part 2: what stands
+beside them: the command, penalties, signs of collapse, a run's folder. Part 3: data, and in which
+order it comes."""
 
 import copy
 import dataclasses
@@ -83,6 +84,7 @@ from sample import (
     read_weights,
     run,
     save_atomically,
+    save_text,
     say,
     start_processes,
     stop_processes,
@@ -91,7 +93,7 @@ from sample import (
 )
 
 try:
-    import fcntl                                    # locks files; Windows has no such module
+    import fcntl                            # locks files; Windows has no such module
 except ImportError:
     fcntl = None
 
@@ -102,26 +104,16 @@ except ImportError:
 # ----------------------------------------------------------------------------------------- settings
 # The defaults are the paper's ImageNet run at 128x128.
 
-def make_parser():
-    parser = command_line(__doc__)
-    add = parser.add_argument
-    # What to do.
-    add("--preset", default="imagenet128", choices=PRESETS, help="named settings")
+def add_recipe(add):
+    """The options that decide what is computed. add: a parser's add_argument."""
     add("--data", help="images: a folder with a sub-folder per class, or packed; or shapes")
-    add("--held-out", help="images not trained on, to see whether D knows --data by heart")
-    add("--out", help="the run's folder; runs/PRESET unless given")
     add("--init", help="weights to start from, which decide the architecture")
-    add("--pack", help="do not train: decode all images once, into this folder")
-
-    # The architecture.
-    add("--model", default="biggan128", choices=MODELS, help="its name")
+    add("--model", default="biggan128", choices=MODELS, help="the architecture")
     add("--ch", type=int, help="width that channels are multiples of; the model's unless given")
     add("--shared-dim", type=int, help="length of G's class embedding; 0: a table in each layer")
-
-    # The recipe.
     add("--steps", type=int, default=150_000, help="updates of G")
     add("--batch", type=int, default=2048, help="real images per update of D; generated ones, too")
-    add("--micro-batch", type=int, help="images at a time, over all processes; batch norm sees them")
+    add("--micro-batch", type=int, help="images at a time, if memory is short")
     add("--d-steps", type=int, default=2, help="updates of D per update of G")
     add("--g-lr", type=float, default=5e-5, help="learning rate of G")
     add("--d-lr", type=float, default=2e-4, help="learning rate of D")
@@ -133,7 +125,7 @@ def make_parser():
     add("--ema-start", type=int, default=20_000, help="step until which they equal G's")
     add("--flip", type=float, default=0.5, help="probability that a real image is mirrored")
     add("--seed", type=int, default=0, help="of the weights, the noise and the order of the data")
-
+    add("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 if the hardware has it")
     # Beyond the recipe.
     add("--augment", default="", help="for few images: colour,translation,cutout or some of them")
     add("--r1", type=float, default=0.0, help="gamma, the weight of R1; the paper tries 10 and 1")
@@ -141,13 +133,15 @@ def make_parser():
     add("--sigma-ratio", type=float, help="lower it to so many times the second singular value")
     add("--sigma-pull", type=float, default=0.0, help="pull it there, by a penalty of this weight")
 
-    # How to compute it.
-    add("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 if the hardware has it")
+
+def add_conduct(add):
+    """The options that decide where and how a run goes on."""
+    add("--out", help="the run's folder; runs/PRESET unless given")
+    add("--pack", help="do not train: decode all images once, into this folder")
+    add("--held-out", help="images not trained on, to see whether D knows --data by heart")
     add("--compile", action="store_true", help="fuse operations; the first step takes minutes")
     add("--fused-attention", action="store_true", help="less time and memory on a GPU")
     add("--workers", type=int, help="processes that decode images; unless given 8, or 0 on a CPU")
-
-    # What to keep, and when to stop.
     add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
     add("--eval-every", type=int, default=1000, help="steps between singular values, D's accuracy")
     add("--sample-every", type=int, default=1000, help="steps between grids of samples")
@@ -155,47 +149,29 @@ def make_parser():
     add("--keep", type=int, default=3, help="how many of the newest checkpoints remain")
     add("--keep-every", type=int, default=25_000, help="those of every so many steps remain, too")
     add("--on-collapse", default="stop", choices=["stop", "warn"], help="what to do then")
+
+
+def make_parser():
+    parser = command_line(__doc__)
+    parser.add_argument("--preset", default="imagenet128", choices=PRESETS, help="named settings")
+    add_recipe(parser.add_argument)
+    add_conduct(parser.add_argument)
     return parser
 
-
-PRECISIONS = {                                      # what autocast computes with
-    "auto": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": None,
-    "fp64": None,
-}
 
 SAGAN = dict(model="sagan128", ortho=0.0)
 SMALL_RATES = dict(g_lr=2.5e-5, d_lr=2.5e-5)
 
-PRESETS = {                                         # what differs from the defaults above
+PRESETS = {                                 # what differs from the defaults above
     "shapes": dict(
-        data="shapes",
-        held_out="shapes",
-        model="shapes32",
-        steps=3000,
-        batch=64,
-        d_steps=1,
-        g_lr=2e-4,
-        d_lr=4e-4,
-        beta2=0.99,
-        ema=0.998,
-        ema_start=200,
-        flip=0.0,
-        eval_every=250,
-        sample_every=250,
-        save_every=250,
+        data="shapes", held_out="shapes", model="shapes32",
+        steps=3000, batch=64, d_steps=1, g_lr=2e-4, d_lr=4e-4, beta2=0.99,
+        ema=0.998, ema_start=200, flip=0.0,
+        eval_every=250, sample_every=250, save_every=250,
     ),
     "cifar10": dict(
-        data="data/cifar10",
-        held_out="data/cifar10-test",
-        model="biggan32",
-        steps=100_000,
-        batch=64,
-        d_steps=4,
-        g_lr=2e-4,
-        ema_start=1000,
+        data="data/cifar10", held_out="data/cifar10-test", model="biggan32",
+        steps=100_000, batch=64, d_steps=4, g_lr=2e-4, ema_start=1000,
     ),
     "imagenet64": dict(model="biggan64"),
     "imagenet128": dict(),
@@ -206,23 +182,11 @@ PRESETS = {                                         # what differs from the defa
     "imagenet512-deep": dict(model="biggan-deep-512", **SMALL_RATES),
     # SN-GAN (Miyato & Koyama 2018).
     "sngan128": dict(
-        model="sngan128",
-        steps=450_000,
-        batch=64,
-        d_steps=5,
-        g_lr=2e-4,
-        beta2=0.9,
-        ortho=0.0,
+        model="sngan128", steps=450_000, batch=64, d_steps=5, g_lr=2e-4, beta2=0.9, ortho=0.0
     ),
     # The paper's table 1. Row 1: SAGAN (Zhang et al. 2019).
     "table1-row1": dict(
-        **SAGAN,
-        steps=1_000_000,
-        batch=256,
-        d_steps=1,
-        g_lr=1e-4,
-        d_lr=4e-4,
-        beta2=0.9,
+        **SAGAN, steps=1_000_000, batch=256, d_steps=1, g_lr=1e-4, d_lr=4e-4, beta2=0.9
     ),
     # Twice the batch, half the rates, two updates of D, another beta2. Then larger batches.
     "table1-row2": dict(**SAGAN, steps=1_000_000, batch=512),
@@ -236,13 +200,6 @@ PRESETS = {                                         # what differs from the defa
     "table1-row9": dict(steps=371_000, ch=64),
 }
 
-# May differ when a run is continued: these change where and how long it runs, not what it computes.
-# (The folder of --data may have moved. The number of its images and its classes may not change.)
-FREE_TO_CHANGE = {
-    "data", "out", "held_out", "steps", "workers", "compile", "fused_attention", "on_collapse",
-    "log_every", "sample_every", "save_every", "eval_every", "keep", "keep_every",
-}
-
 
 def parse_settings(arguments):
     """Command line -> settings: the defaults, then the preset's, then what was typed."""
@@ -250,14 +207,16 @@ def parse_settings(arguments):
     typed = parser.parse_args(arguments)
     preset = dict(PRESETS[typed.preset])
     if typed.data:
-        preset["held_out"] = None                   # the preset's belongs to the preset's data
+        preset["held_out"] = None           # the preset's belongs to the preset's data
     if typed.init:
-        preset["ema_start"] = 0                     # there are no random weights to forget
+        preset["ema_start"] = 0             # there are no random weights to forget
     parser.set_defaults(**preset)
     args = parser.parse_args(arguments)
-    args.out = args.out or f"runs/{args.preset}"
-    args.micro_batch = args.micro_batch or args.batch
-    if args.init:                                   # the weights decide these
+    if args.out is None:
+        args.out = f"runs/{args.preset}"
+    if args.micro_batch is None:
+        args.micro_batch = args.batch
+    if args.init:                           # the weights decide these
         args.model = None
         args.ch = None
         args.shared_dim = None
@@ -265,59 +224,15 @@ def parse_settings(arguments):
     return args
 
 
-def check_settings(args):
-    """Refuse settings that cannot work, or not together."""
-    every = (args.log_every, args.eval_every, args.sample_every, args.save_every, args.keep_every)
-    counts = (args.steps, args.micro_batch, args.d_steps, args.keep, *every)
-    weights = (args.g_lr, args.d_lr, args.ortho, args.r1, args.seed)
-    require(min(counts) >= 1, "--batch, --steps, --keep and counts of steps must be at least 1")
-    require(min(weights) >= 0, "rates, penalties and --seed must be at least 0")
-    require(args.data, "--data DIR is missing, with one sub-folder of images per class")
-    require(
-        args.batch % args.micro_batch == 0,
-        f"--micro-batch {args.micro_batch} does not divide --batch {args.batch}",
-    )
-    require(
-        args.micro_batch % WORLD_SIZE == 0,
-        f"{WORLD_SIZE} processes cannot share {args.micro_batch} images equally",
-    )
-    goals = [goal for goal in (args.sigma_fixed, args.sigma_ratio) if goal is not None]
-    require(
-        len(goals) == 1 or not (goals or args.sigma_pull),
-        "give one of --sigma-fixed and --sigma-ratio",
-    )
-    second_derivatives = args.r1 or args.loss == "wgan-gp"
-    require(
-        not (args.fused_attention and second_derivatives),
-        "leave out --fused-attention: the penalty is on gradients",
-    )
-    for change in filter(None, args.augment.split(",")):
-        possible = ",".join(AUGMENTATIONS)
-        require(change in AUGMENTATIONS, f"--augment {args.augment} must be some of {possible}")
-    if args.model:
-        ch = model_config(args).ch
-        require(ch % 8 == 0, "--ch must be a multiple of 8: attention uses an eighth of it")
-
-
-def model_config(args, n_classes=1):
-    """The architecture that the settings ask for."""
-    changes = {"n_classes": n_classes}
-    if args.ch is not None:
-        changes["ch"] = args.ch
-    if args.shared_dim is not None:
-        changes["shared_dim"] = args.shared_dim
-    return dataclasses.replace(MODELS[args.model], **changes)
-
-
 # -------------------------------------------------------------------------------- the training step
-# D learns d_steps times, then G once. A batch that is too large for the memory is taken in
-# micro-batches, whose gradients add up. (Batch norm in G then sees one micro-batch.) In D's turn G
-# draws in training mode, so its batch norm sees the batch, and its u and running averages move.
+# D learns d_steps times, then G once. In D's turn, too, G draws in training mode: its batch norm
+# sees the batch, and its u and running averages move. A batch that is too large for the memory is
+# taken in micro-batches, whose gradients add up. (Batch norm then sees one micro-batch.)
 #
-# With several processes each takes its part of every micro-batch, and DistributedDataParallel (DDP)
-# replaces the gradients by their mean over the processes, when the last micro-batch has added its
-# own. Penalties on D's gradient reach the same parameters in the same backward pass, so the mean is
-# theirs, too. Penalties on G's weights are the same number in every process, and so is their mean.
+# With several processes, each takes its part of every micro-batch. DistributedDataParallel (DDP)
+# replaces the gradients by their mean over the processes, once the last micro-batch has added its
+# own. Penalties on D's gradient reach the same parameters in the same backward pass, so that mean
+# is theirs, too. Penalties on G's weights are the same in every process, and so is their mean.
 
 class Trainer:
     """G, D, their optimisers and the EMA, and the step that moves them. Knows nothing of files."""
@@ -328,14 +243,14 @@ class Trainer:
         self.device = device
         self.step = 0
         self.loss_d, self.loss_g, self.threshold = LOSSES[args.loss]
-        self.half = PRECISIONS[args.precision]      # 16 bits for autocast, or None
+        self.half = PRECISIONS[args.precision]      # the 16-bit type for autocast, or None
         self.dtype = torch.float64 if args.precision == "fp64" else torch.float32
-        # This process's rows of every batch, how many it takes at a time, and what part that is.
-        self.rows = rows_of_batch(args.batch, args.micro_batch)
-        self.micro = args.micro_batch // processes()
-        self.share = self.micro / len(self.rows)
+        self.rows = rows_of_batch(args.batch, args.micro_batch)     # of each batch, this process's
+        self.micro = args.micro_batch // processes()                # how many of them at a time
+        self.share = self.micro / len(self.rows)    # the part of the whole that those are
 
-        torch.manual_seed(args.seed)                # the same first weights in every process
+        torch.backends.cudnn.benchmark = True       # all steps have the same shapes
+        torch.manual_seed(args.seed)        # the same first weights in every process
         self.G = Generator(config)
         self.D = Discriminator(config)
         for network in self.G, self.D:
@@ -345,6 +260,8 @@ class Trainer:
             if args.compile:
                 network.compile(dynamic=False)
         self.ema = EMA(self.G, args.ema, args.ema_start)
+        self.parallel_G = in_parallel(self.G)
+        self.parallel_D = in_parallel(self.D)
 
         adam = partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
         self.opt_G = adam(self.G.parameters(), args.g_lr)
@@ -352,10 +269,7 @@ class Trainer:
         # Many gradients would be too small for float16. The scaler multiplies the loss by a large
         # number and divides the gradients by it. Where they overflow, it skips the update and
         # halves the number. For other precisions it does nothing.
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.half == torch.float16)
-        self.parallel_G = in_parallel(self.G)
-        self.parallel_D = in_parallel(self.D)
-        set_up_backend()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
     def train_step(self, real_batches):
         """d_steps updates of D, then one of G. Returns what the log wants: name -> scalar."""
@@ -370,28 +284,26 @@ class Trainer:
 
     def step_D(self, real, real_labels, turn):
         """One update of D. Half of what it sees is real, half is generated."""
-        self.D.requires_grad_(True)                 # step_G has frozen it
+        self.D.requires_grad_(True)         # step_G has frozen it
         self.opt_D.zero_grad()
-        part = 1 / self.args.d_steps                # the log holds means over D's turns
         for batch in self.micro_batches(turn, real, real_labels):
             with self.autocast(self.half):
-                with torch.no_grad():               # only D learns: no graph through G
+                with torch.no_grad():       # only D learns: no graph through G
                     fake = self.G(batch.z, batch.labels)
                 fake = self.augment(fake, batch)    # the recipe leaves it as it is
                 real_logits, fake_logits = self.discriminate(batch, fake)
             loss = self.loss_d(real_logits, fake_logits)
-            penalty = self.penalties(batch, fake)   # the recipe has none
+            penalty = penalties_on_D(self, batch, fake)         # the recipe has none
             self.backward(loss + penalty, self.share)
-            self.log(part * self.share, D_real=real_logits.mean(), D_fake=fake_logits.mean())
-            self.log(part * self.share, D_loss=loss, D_penalty=penalty)
+            self.log_D(real_logits, fake_logits, loss, penalty)
         gradient_norm = self.update(self.D, self.opt_D)
-        self.log(part, D_grad=gradient_norm)
+        self.log(1 / self.args.d_steps, D_grad=gradient_norm)
 
     def step_G(self):
         """One update of G. The gradient flows back through D, whose weights do not move."""
         self.D.requires_grad_(False)
         self.opt_G.zero_grad()
-        self.penalise_weights()                     # the recipe: orthogonal regularisation
+        penalise_weights_of_G(self)         # the recipe: orthogonal regularisation
         for batch in self.micro_batches(turn=0):
             with self.autocast(self.half):
                 fake = self.parallel_G(batch.z, batch.labels)
@@ -402,7 +314,7 @@ class Trainer:
             self.log(self.share, G_loss=loss)
         gradient_norm = self.update(self.G, self.opt_G)
         self.log(1, G_grad=gradient_norm)
-        self.clamp_singular_values()                # the recipe does not
+        clamp_weights_of_G(self)            # the recipe does not
 
     def discriminate(self, batch, fake):
         """D's logits for real and generated images, in one call: a large batch is faster.
@@ -411,6 +323,9 @@ class Trainer:
         images = torch.cat([batch.real, fake])
         labels = torch.cat([batch.real_labels, batch.labels])
         return self.parallel_D(images, labels).chunk(2)
+
+    def augment(self, fake, batch):
+        return augment(fake, self.args.augment, batch.r[:, 0])
 
     def autocast(self, half):
         return torch.autocast(self.device.type, half, enabled=half is not None)
@@ -432,11 +347,14 @@ class Trainer:
         self.scaler.update()
         return norm
 
+    def log_D(self, real_logits, fake_logits, loss, penalty):
+        weight = self.share / self.args.d_steps     # the mean over micro-batches and turns
+        self.log(weight, D_real=real_logits.mean(), D_fake=fake_logits.mean())
+        self.log(weight, D_loss=loss, D_penalty=penalty)
+
     def log(self, weight, **values):
         for name, value in values.items():
             self.logged[name] += weight * value.detach()
-
-    # What the step needs: random numbers, in micro-batches.
 
     def random_numbers(self, turn):
         """z, labels, mix and r of this process's rows. turn 0 is G's; 1, 2, ... are D's.
@@ -457,7 +375,7 @@ class Trainer:
         """This process's part of the batch, in micro-batches."""
         z, labels, mix, r = self.random_numbers(turn)
         if real is not None and self.args.loss == "wgan-gp":
-            labels = real_labels                    # its penalty joins images of one class
+            labels = real_labels            # its penalty joins images of one class
         for first in range(0, len(self.rows), self.micro):
             part = slice(first, first + self.micro)
             batch = MicroBatch(z[part], labels[part], mix[part], r[part])
@@ -469,46 +387,9 @@ class Trainer:
                 network.require_backward_grad_sync = is_last    # tells DDP when to take the mean
             yield batch
 
-    # What is beyond the recipe.
-
-    def augment(self, fake, batch):
-        return augment(fake, self.args.augment, batch.r[:, 0])
-
-    def penalties(self, batch, fake):
-        """R1 and the gradient penalty, if asked for. -> scalar"""
-        args = self.args
-        penalty = fake.new_zeros(())
-        D = self.D.forward                          # not compiled: it must be differentiated twice
-        half = None if args.precision == "fp16" else self.half      # float16 would underflow
-        with self.autocast(half):
-            if args.r1:
-                penalty = penalty + args.r1 * r1_penalty(D, batch.real, batch.real_labels)
-            if args.loss == "wgan-gp":              # 10: the paper's lambda
-                distance = gradient_penalty(D, batch.real, fake, batch.labels, batch.mix)
-                penalty = penalty + 10 * distance
-        return penalty
-
-    def penalise_weights(self):
-        """Add the gradients of the penalties on G's weights: once, as they depend on no image."""
-        args = self.args
-        if args.ortho:
-            ortho = orthogonal_regularisation(self.G)
-            self.backward(args.ortho * ortho)
-            self.log(1, ortho=ortho)
-        if args.sigma_pull:
-            pull = sigma_pull(self.G, args.sigma_fixed, args.sigma_ratio)
-            self.backward(args.sigma_pull * pull)
-
-    def clamp_singular_values(self):
-        args = self.args
-        has_goal = args.sigma_fixed or args.sigma_ratio
-        if has_goal and not args.sigma_pull:
-            clamp_sigma(self.G, args.sigma_fixed, args.sigma_ratio)
-
-    # What the log and the checkpoints need.
+    # What a checkpoint holds.
 
     def parts(self):
-        """What a checkpoint holds beside the step and the architecture."""
         return {
             "G": self.G,
             "D": self.D,
@@ -527,84 +408,28 @@ class Trainer:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
 
-    def start_from(self, weights, classes):
-        """Take over other weights. If the classes differ, their embeddings stay random."""
-        take_over(self.G, weights.G or weights.G_ema, classes == weights.classes)
-        take_over(self.ema.model, weights.G_ema, classes == weights.classes)
-        take_over(self.D, weights.D or {}, classes == weights.classes)
-        if classes == weights.classes:
-            say("started from --init")
-        else:
-            say("started from --init but for the embeddings of its classes")
-        if not weights.D:
-            say(
-                "it has no D, whose random weights would spoil G: train D alone for a while "
-                "(--g-lr 0), then start from that run"
-            )
-
-    @torch.no_grad()
-    def forward_in_eval(self, network, inputs, labels):
-        """network(input, label) in evaluation mode, 16 at a time. -> (N, ...) on the CPU"""
-        network.eval()
-        outputs = []
-        with self.autocast(self.half):
-            for x, y in zip(inputs.split(16), labels.split(16)):
-                x = x.to(self.device, self.dtype)
-                outputs.append(network(x, y.to(self.device)).cpu())
-        network.train()
-        return torch.cat(outputs)
-
-    def accuracy(self, images, labels):
-        """What part of real images (N, R, R, 3) uint8 does D take for real?"""
-        x = to_network(images, torch.device("cpu"))
-        logits = self.forward_in_eval(self.D, x, labels)
-        return (logits > self.threshold).float().mean().item()
-
-    def diversity(self, images, labels):
-        """How much G's images of a class differ, relative to real ones (N, R, R, 3) uint8."""
-        noise = generator("diversity", self.args.seed)
-        z = truncated_normal((len(labels), self.config.z_dim), generator=noise)
-        fake = self.forward_in_eval(self.G, z, labels)
-        real = to_network(images, torch.device("cpu"))
-        return spread_within(fake, labels) / max(1e-6, spread_within(real, labels))
-
 
 @dataclass
 class MicroBatch:
     """What goes through the networks at once: n images of this process."""
-    z: torch.Tensor                                 # (n, z_dim)
-    labels: torch.Tensor                            # (n,): classes of the generated images
-    mix: torch.Tensor                               # (n,): for `gradient_penalty`
-    r: torch.Tensor                                 # (n, 2, 3, 3): for `augment`
-    real: torch.Tensor = None                       # (n, 3, R, R), as D sees them
-    real_labels: torch.Tensor = None                # (n,)
+    z: torch.Tensor                         # (n, z_dim)
+    labels: torch.Tensor                    # (n,): classes of the generated images
+    mix: torch.Tensor                       # (n,): for `gradient_penalty`
+    r: torch.Tensor                         # (n, 2, 3, 3): for `augment`
+    real: torch.Tensor = None               # (n, 3, R, R), as D sees them
+    real_labels: torch.Tensor = None        # (n,)
 
 
 def in_parallel(network):
     """The network, with gradients that are averaged over the processes."""
     if processes() == 1:
         return network
-    # u and running averages are the same in all processes, and need not be sent.
+    # The strides of a 1x1 kernel can be written in two ways, which DDP takes for a difference.
+    warnings.filterwarnings("ignore", "Grad strides do not match|.*broadcast_buffers")
+    # broadcast_buffers: u and running averages are the same in all processes, and need not be sent.
     return DistributedDataParallel(
         network, gradient_as_bucket_view=True, broadcast_buffers=False
     )
-
-
-def set_up_backend():
-    torch.backends.cudnn.benchmark = True           # all steps have the same shapes
-    matmul = torch.backends.cuda.matmul             # sums of 16-bit products are taken in float32
-    matmul.allow_bf16_reduced_precision_reduction = False
-    matmul.allow_fp16_reduced_precision_reduction = False
-    # The strides of a 1x1 kernel can be written in two ways, which DDP takes for a difference.
-    warnings.filterwarnings("ignore", "Grad strides do not match|.*broadcast_buffers")
-
-
-def take_over(network, state, same_classes):
-    """Load a state dict, without the tables of classes unless they are the same classes."""
-    for name, module in network.named_modules():
-        if isinstance(module, torch.nn.Embedding) and not same_classes:
-            state = {key: p for key, p in state.items() if not key.startswith(name + ".")}
-    network.load_state_dict(state, strict=False)
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -617,13 +442,15 @@ COLLAPSED = 2
 def train(trainer, data, held_out, args):
     """Train until all steps are done, a signal asks to stop, or G collapses."""
     def is_due(every):
-        return trainer.step % every == 0 or trainer.step == args.steps
+        if trainer.step == args.steps:
+            return True
+        return trainer.step % every == 0
 
     signals = catch_signals()
     real_batches = batches(data, args, trainer.step, trainer.device)
     references = some_images(data, args.seed, 64, 8)
     lines = read_log(args.out, trainer.step)
-    logged = []                                     # by the steps since the last line
+    logged = []                             # by the steps since the last line
     started = perf_counter()
     saved = trainer.step
     ending = GO_ON
@@ -635,7 +462,7 @@ def train(trainer, data, held_out, args):
             stop_if_not_finite(trainer, line)
             line["seconds_per_step"] = (perf_counter() - started) / len(logged)
             if rank() == 0:
-                line["diversity"] = trainer.diversity(*references)
+                line["diversity"] = diversity(trainer, *references)
                 line["sigma_0"] = singular_values(trainer.G.linear.weight, 1).item()
                 if is_due(args.eval_every):
                     line |= evaluate(trainer, data, held_out, args)
@@ -667,6 +494,12 @@ def finish(trainer, classes, args, saved, ending, collapse):
     say(f"\n{how} after {trainer.step} steps; the same command continues, also with more --steps")
 
 
+# ==================================================================================================
+# Part 2: from the command line to the folder of a run
+# ==================================================================================================
+
+# -------------------------------------------------------------------------------------- the command
+
 def main(arguments):
     args = parse_settings(arguments)
     device = pick_device()
@@ -685,7 +518,11 @@ def main(arguments):
     data = open_data(args.data, config.resolution)
     if args.pack:
         return pack(data, args.pack, args.workers or os.cpu_count())
-    held_out = open_held_out(args, config.resolution, data.classes)
+    held_out = None
+    if args.held_out:
+        held_out = open_data(args.held_out, config.resolution, held_out=True)
+        same = held_out.classes == data.classes
+        require(same, f"--held-out {args.held_out} has other classes than --data {args.data}")
     config = dataclasses.replace(config, n_classes=len(data.classes))
     names = ", ".join(data.classes)[:80]
     say(f"{len(data):,} images in {len(data.classes)} classes: {names}")
@@ -700,11 +537,11 @@ def main(arguments):
         trainer.load_state_dict(checkpoint)
         say(f"continuing {args.out} from step {trainer.step}")
     elif initial:
-        trainer.start_from(initial, data.classes)
+        start_from(trainer, initial, data.classes)
     newest_step = largest_of_all_processes(trainer.step)
     if largest_of_all_processes(trainer.step != newest_step):
-        give_up(f"the processes have read different checkpoints; {args.out} must be on a disk they share")
-    del checkpoint, initial                         # which stay mapped, and so on the disk
+        give_up(f"the processes have read different checkpoints; {args.out} is on no shared disk")
+    del checkpoint, initial                 # which stay mapped, and so on the disk
     train(trainer, data, held_out, args)
     stop_processes()
 
@@ -716,29 +553,129 @@ def has_fast_bf16(device):
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def open_held_out(args, resolution, classes):
-    if not args.held_out:
-        return None
-    held_out = open_data(args.held_out, resolution, held_out=True)
+def check_settings(args):
+    """Refuse settings that cannot work, or not together."""
+    every = (args.log_every, args.eval_every, args.sample_every, args.save_every, args.keep_every)
+    counts = (args.steps, args.micro_batch, args.d_steps, args.keep, *every)
+    weights = (args.g_lr, args.d_lr, args.ortho, args.r1, args.seed)
+    require(min(counts) >= 1, "--batch, --steps, --keep and counts of steps must be at least 1")
+    require(min(weights) >= 0, "rates, penalties and --seed must be at least 0")
+    require(args.data, "--data DIR is missing, with one sub-folder of images per class")
     require(
-        held_out.classes == classes,
-        f"--held-out {args.held_out} has other classes than --data {args.data}",
+        args.batch % args.micro_batch == 0,
+        f"--micro-batch {args.micro_batch} does not divide --batch {args.batch}",
     )
-    return held_out
+    require(
+        args.micro_batch % WORLD_SIZE == 0,
+        f"{WORLD_SIZE} processes cannot share {args.micro_batch} images equally",
+    )
+    goals = [goal for goal in (args.sigma_fixed, args.sigma_ratio) if goal is not None]
+    require(
+        len(goals) == 1 or not (goals or args.sigma_pull),
+        "give one of --sigma-fixed and --sigma-ratio",
+    )
+    if args.r1 or args.loss == "wgan-gp":
+        fused = args.fused_attention
+        require(not fused, "leave out --fused-attention: the penalty is on gradients")
+    for change in filter(None, args.augment.split(",")):
+        possible = ",".join(AUGMENTATIONS)
+        require(change in AUGMENTATIONS, f"--augment {args.augment} must be some of {possible}")
+    if args.model:
+        ch = model_config(args).ch
+        require(ch % 8 == 0, "--ch must be a multiple of 8: attention uses an eighth of it")
 
 
-# ==================================================================================================
-# Part 2: collapse, and a run's folder
-# ==================================================================================================
+def model_config(args, n_classes=1):
+    """The architecture that the settings ask for."""
+    changes = {"n_classes": n_classes}
+    if args.ch is not None:
+        changes["ch"] = args.ch
+    if args.shared_dim is not None:
+        changes["shared_dim"] = args.shared_dim
+    return dataclasses.replace(MODELS[args.model], **changes)
+
+
+PRECISIONS = {                              # what autocast computes with
+    "auto": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": None,
+    "fp64": None,
+}
+
+# May differ when a run is continued: these change where and how long it runs, not what it computes.
+# (The folder of --data may have moved. The number of its images and its classes may not change.)
+FREE_TO_CHANGE = {
+    "data", "out", "held_out", "steps", "workers", "compile", "fused_attention", "on_collapse",
+    "log_every", "sample_every", "save_every", "eval_every", "keep", "keep_every",
+}
+
+
+# ---------------------------------------------------------------------------------- beside the step
+
+def penalties_on_D(trainer, batch, fake):
+    """R1 and the gradient penalty, if asked for. -> scalar"""
+    args = trainer.args
+    penalty = fake.new_zeros(())
+    D = trainer.D.forward                   # not compiled: it is differentiated twice
+    half = None if args.precision == "fp16" else trainer.half       # float16 would underflow
+    with trainer.autocast(half):
+        if args.r1:
+            penalty = penalty + args.r1 * r1_penalty(D, batch.real, batch.real_labels)
+        if args.loss == "wgan-gp":          # 10: the paper's lambda
+            distance = gradient_penalty(D, batch.real, fake, batch.labels, batch.mix)
+            penalty = penalty + 10 * distance
+    return penalty
+
+
+def penalise_weights_of_G(trainer):
+    """Add the gradients of penalties on G's weights: once, as they depend on no image."""
+    args = trainer.args
+    if args.ortho:
+        ortho = orthogonal_regularisation(trainer.G)
+        trainer.backward(args.ortho * ortho)
+        trainer.log(1, ortho=ortho)
+    if args.sigma_pull:
+        pull = sigma_pull(trainer.G, args.sigma_fixed, args.sigma_ratio)
+        trainer.backward(args.sigma_pull * pull)
+
+
+def clamp_weights_of_G(trainer):
+    args = trainer.args
+    if not args.sigma_pull and (args.sigma_fixed or args.sigma_ratio):
+        clamp_sigma(trainer.G, args.sigma_fixed, args.sigma_ratio)
+
+
+def start_from(trainer, weights, classes):
+    """Take over other weights. If the classes differ, their embeddings stay random."""
+    same_classes = classes == weights.classes
+    take_over(trainer.G, weights.G or weights.G_ema, same_classes)
+    take_over(trainer.ema.model, weights.G_ema, same_classes)
+    take_over(trainer.D, weights.D or {}, same_classes)
+    say("started from --init" if same_classes else "started from --init, without its classes")
+    if not weights.D:
+        say(
+            "it has no D, whose random weights would spoil G: train D alone for a while "
+            "(--g-lr 0), then start from that run"
+        )
+
+
+def take_over(network, state, same_classes):
+    """Load a state dict, without the tables of classes unless they are the same classes."""
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.Embedding) and not same_classes:
+            state = {key: p for key, p in state.items() if not key.startswith(name + ".")}
+    network.load_state_dict(state, strict=False)
+
 
 # -------------------------------------------------------------------------------- signs of collapse
 # Sooner or later a GAN collapses: within some hundred steps its images become few, or poor, and
 # stay so (section 4). Then one stops, and uses earlier weights. The margins come from healthy runs.
 
-WINDOW_STEPS = 150              # what the newest lines say is averaged over so many steps
-MIN_DIVERSITY = 0.6             # of the best so far; less: the images have become alike
-MIN_D_LOSS = 0.02               # less: D has won
-MAX_GROWTH = 2                  # of sigma_0 within the window; more: G's first layer explodes
+WINDOW_STEPS = 150                          # what the newest lines say is averaged over these
+MIN_DIVERSITY = 0.6                         # of the best so far; less: the images have become alike
+MIN_D_LOSS = 0.02                           # less: D has won
+MAX_GROWTH = 2                              # of sigma_0 in the window; more: it explodes
 
 
 def collapse_in(lines):
@@ -756,7 +693,7 @@ def collapse_in(lines):
     if diversity < MIN_DIVERSITY * best:
         change = f"diversity {diversity:.2f}, before {best:.2f}"
         return f"images of one class have become alike: {change}"
-    if 0 <= D_loss < MIN_D_LOSS:                    # below 0: Wasserstein's, which is no such sign
+    if 0 <= D_loss < MIN_D_LOSS:            # below 0: Wasserstein's, which is no such sign
         return f"D is never wrong any more: its loss is {D_loss:.4f}"
     if sigmas[-1] > MAX_GROWTH * min(sigmas):
         growth = f"from {min(sigmas):.3g} to {sigmas[-1]:.3g}"
@@ -766,7 +703,7 @@ def collapse_in(lines):
 
 def sign_of_collapse(lines, args):
     """What `collapse_in` finds, unless it is expected, or to be said only."""
-    if args.g_lr == 0:                              # with G frozen, D is expected to win
+    if args.g_lr == 0:                      # with G frozen, D is expected to win
         return None
     collapse = collapse_in(lines)
     if collapse and args.on_collapse == "warn":
@@ -779,6 +716,36 @@ def mean_of(lines, name):
     return sum(line[name] for line in lines) / len(lines)
 
 
+@torch.no_grad()
+def forward_in_eval(trainer, network, inputs, labels):
+    """network(input, label) in evaluation mode, 16 at a time. -> (N, ...) on the CPU"""
+    network.eval()
+    outputs = []
+    with trainer.autocast(trainer.half):
+        for x, y in zip(inputs.split(16), labels.split(16)):
+            x = x.to(trainer.device, trainer.dtype)
+            out = network(x, y.to(trainer.device))
+            outputs.append(out.cpu())
+    network.train()
+    return torch.cat(outputs)
+
+
+def accuracy(trainer, images, labels):
+    """What part of real images (N, R, R, 3) uint8 does D take for real?"""
+    x = to_network(images, torch.device("cpu"))
+    logits = forward_in_eval(trainer, trainer.D, x, labels)
+    return (logits > trainer.threshold).float().mean().item()
+
+
+def diversity(trainer, images, labels):
+    """How much G's images of a class differ, relative to real ones (N, R, R, 3) uint8."""
+    noise = generator("diversity", trainer.args.seed)
+    z = truncated_normal((len(labels), trainer.config.z_dim), generator=noise)
+    fake = forward_in_eval(trainer, trainer.G, z, labels)
+    real = to_network(images, torch.device("cpu"))
+    return spread_within(fake, labels) / max(1e-6, spread_within(real, labels))
+
+
 def spread_within(images, labels):
     """Standard deviation of images (N, 3, R, R) within their classes, after averaging to 8x8.
 
@@ -787,7 +754,8 @@ def spread_within(images, labels):
     variances = []
     for y in labels.unique():
         variances.append(small[labels == y].var(0, correction=0).mean())
-    return torch.stack(variances).mean().sqrt().item()
+    variance = torch.stack(variances).mean()
+    return variance.sqrt().item()
 
 
 # ------------------------------------------------------------------------------------------ the log
@@ -806,7 +774,7 @@ def write_log(args, lines):
     path = Path(args.out, "log.jsonl")
     text = "".join(json.dumps(line) + "\n" for line in lines)
     with surviving(path):
-        save_atomically(path, lambda f: f.write(text.encode()))
+        save_text(path, text)
     show(lines[-1], args)
 
 
@@ -816,11 +784,12 @@ def means_of(logged):
     means = torch.stack(steps).float().mean(0)      # one number per name
     if processes() > 1:
         dist.all_reduce(means)
-    return dict(zip(logged[0], (means / processes()).tolist()))
+        means = means / processes()
+    return dict(zip(logged[0], means.tolist()))
 
 
 def evaluate(trainer, data, held_out, args):
-    """The first singular values of every weight, and whether D knows its training images by heart."""
+    """Singular values of every weight; does D know its training images by heart?"""
     sigma = {}
     for letter, network in ("G", trainer.G), ("D", trainer.D):
         for name, layer in matrix_layers(network).items():
@@ -828,7 +797,7 @@ def evaluate(trainer, data, held_out, args):
     found = {"sigma": sigma}
     if held_out and trainer.threshold is not None:
         for name, images in ("D_accuracy", data), ("D_accuracy_held_out", held_out):
-            found[name] = trainer.accuracy(*some_images(images, args.seed, 512, 64))
+            found[name] = accuracy(trainer, *some_images(images, args.seed, 512, 64))
     return found
 
 
@@ -853,8 +822,7 @@ def check_run(out, described):
     changed = []
     for name, value in described.items():
         if name not in FREE_TO_CHANGE and before.get(name) != value:
-            old = str(before.get(name))[:60]
-            changed.append(f"{name} was {old} and is now {str(value)[:60]}")
+            changed.append(f"{name} was {before.get(name)!s:.60} and is now {value!s:.60}")
     listed = "; ".join(changed)
     require(not changed, f"{out} has other settings: {listed}; choose another --out")
 
@@ -876,7 +844,7 @@ def prepare_folder(out, described):
                 f"another process is at work in {out}; stop it or choose another --out"
             ) from None
     text = json.dumps(described, indent=1)
-    save_atomically(Path(out, "config.json"), lambda f: f.write(text.encode()))
+    save_text(Path(out, "config.json"), text)
     return lock
 
 
@@ -911,19 +879,17 @@ def delete_checkpoints(args, newest):
             path.unlink()
 
 
-def save_samples(trainer, args, n_classes=16, n_seeds=10):
-    """A grid of fixed noise, a row per class, drawn with EMA weights and standing statistics."""
+def save_samples(trainer, args):
+    """A grid of ten seeds of 16 classes, drawn with EMA weights and standing statistics."""
     G = copy.deepcopy(trainer.ema.model).float()
     standing_statistics(fold_spectral_norm(G))
-    if rank() > 0:
-        return
-    n_classes = min(n_classes, trainer.config.n_classes)
-    labels = np.repeat(np.arange(n_classes), n_seeds)
-    seeds = np.tile(np.arange(n_seeds), n_classes)
-    grid = image_grid(draw_seeds(G, labels, seeds), n_seeds)
-    path = Path(args.out, "samples", f"step-{trainer.step:08d}.png")
-    with surviving(path):
-        save_atomically(path, lambda f: grid.save(f, "PNG"))
+    if rank() == 0:
+        n_classes = min(16, trainer.config.n_classes)
+        labels, seeds = np.divmod(np.arange(10 * n_classes), 10)
+        grid = image_grid(draw_seeds(G, labels, seeds), columns=10)
+        path = Path(args.out, "samples", f"step-{trainer.step:08d}.png")
+        with surviving(path):
+            save_atomically(path, lambda f: grid.save(f, "PNG"))
 
 
 # ------------------------------------------------------------------------------------- when to stop
@@ -943,13 +909,13 @@ def catch_signals():
 
 
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):                       # a closed terminal; not on Windows
+if hasattr(signal, "SIGHUP"):               # a closed terminal; not on Windows
     STOP_SIGNALS.append(signal.SIGHUP)
 
 
 def largest_of_all_processes(number):
     if processes() > 1:
-        number = torch.tensor(int(number))          # on the CPU: the GPU is not waited for
+        number = torch.tensor(int(number))  # on the CPU: the GPU is not waited for
         dist.all_reduce(number, dist.ReduceOp.MAX)
     return int(number)
 
@@ -1021,7 +987,7 @@ def in_order(length, batch, position, seed, rows):
 def batches(data, args, step, device):
     """This process's real images from `step` on, without end: (N, 3, R, R) and labels (N,)."""
     rows = rows_of_batch(args.batch, args.micro_batch)
-    first = step * args.d_steps                     # how many batches the run has used
+    first = step * args.d_steps             # how many batches the run has used
     on_gpu = device.type == "cuda"
     workers = args.workers
     if workers is None:
@@ -1034,7 +1000,7 @@ def batches(data, args, step, device):
         worker_init_fn=ignore_signals,
     )
     for number, (images, labels) in enumerate(loader, start=first):
-        x = to_network(images, device)              # (N, 3, R, R)
+        x = to_network(images, device)      # (N, 3, R, R)
         mirror = generator("mirror", args.seed, number)
         mirrored = torch.rand(args.batch, generator=mirror)[rows] < args.flip
         mirrored = to_device(mirrored, device).view(-1, 1, 1, 1)
@@ -1085,18 +1051,26 @@ def open_data(source, resolution=None, held_out=False):
         wait_for(path / "packed.json")
     try:
         if path.suffix == ".npz":
-            data = Arrays(*np.load(path).values())
+            data = Arrays(*read_npz(path).values())
         elif (path / "packed.json").exists():
             data = Packed(path)
         else:
             data = ImageFolder(path, resolution)
-    except (TypeError, ValueError, zipfile.BadZipFile) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{source} does not hold images and labels: {error}") from None
     require(
         resolution in (None, data.resolution),
         f"{source} has images of {data.resolution} pixels, not {resolution}; make it again",
     )
     return data
+
+
+def read_npz(path):
+    """Name -> array, of a file that np.savez wrote."""
+    try:
+        return dict(np.load(path))
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} does not hold arrays: {error}") from None
 
 
 class DataSet:
@@ -1112,7 +1086,9 @@ class Arrays(DataSet):
     def __init__(self, images, labels, classes=None):
         self.images = images
         self.labels = np.asarray(labels)
-        self.classes = classes or [str(k) for k in range(self.labels.max() + 1)]
+        self.classes = classes
+        if classes is None:
+            self.classes = [str(k) for k in range(self.labels.max() + 1)]
         self.resolution = images.shape[1]
 
     def __getitem__(self, i):
@@ -1127,8 +1103,9 @@ class Packed(Arrays):
         described = json.loads((folder / "packed.json").read_text())
         super().__init__(np.load(folder / "images.npy", mmap_mode="r"), **described)
 
-    def __reduce__(self):                           # how it is sent to a worker process: without the
-        return Packed, (self.folder,)               # images, which that process opens for itself
+    def __reduce__(self):
+        """How it is sent to a worker process: that opens the folder for itself."""
+        return Packed, (self.folder,)
 
 
 def pack(data, folder, workers=0):
@@ -1136,16 +1113,16 @@ def pack(data, folder, workers=0):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     others = {path.name for path in folder.iterdir()}
-    others.discard("images.npy")                    # which an interrupted packing leaves
+    others.discard("images.npy")            # which an interrupted packing leaves
     require(not others, f"{folder} holds other files, or is packed already; choose another")
     shape = (len(data), data.resolution, data.resolution, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     loader = torch.utils.data.DataLoader(data, batch_size=64, num_workers=workers)
-    data[0]                                         # if no image can be read, the error comes here
+    data[0]                                 # if no image can be read, the error comes here
     labels = []
     with open(folder / "images.npy", "wb") as f:
         np.lib.format.write_array_header_1_0(f, header)
-        if hasattr(os, "posix_fallocate"):          # a disk that is too small says so now
+        if hasattr(os, "posix_fallocate"):  # a disk that is too small says so now
             os.posix_fallocate(f.fileno(), 0, f.tell() + math.prod(shape))
         for images, some_labels in progress(loader, len(loader), "packing"):
             f.write(images.numpy())
@@ -1153,7 +1130,7 @@ def pack(data, folder, workers=0):
         f.flush()
         os.fsync(f.fileno())
     text = json.dumps({"labels": labels, "classes": data.classes})
-    save_atomically(folder / "packed.json", lambda f: f.write(text.encode()))
+    save_text(folder / "packed.json", text)
     say("packed:", folder)
 
 
@@ -1165,7 +1142,8 @@ class ImageFolder(DataSet):
 
     def __init__(self, root, resolution):
         folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
-        folders = folders or [root]
+        if not folders:
+            folders = [root]
         files = []
         labels = []
         for label, folder in enumerate(folders):
@@ -1182,7 +1160,9 @@ class ImageFolder(DataSet):
         self.paths = np.array(files, dtype=bytes)
         self.labels = np.array(labels)
         self.classes = [folder.name for folder in folders]
-        self.resolution = resolution or resolution_of(os.fsdecode(files[0]))
+        self.resolution = resolution
+        if resolution is None:
+            self.resolution = resolution_of(os.fsdecode(files[0]))
         self.broken = set()
 
     def __getitem__(self, i):
@@ -1194,7 +1174,7 @@ class ImageFolder(DataSet):
             path = os.fsdecode(self.paths[k])
             try:
                 return load_image(path, self.resolution), int(self.labels[k])
-            except Exception as reason:             # Pillow raises whatever its decoders do
+            except Exception as reason:     # Pillow raises whatever its decoders do
                 self.broken.add(k)
                 warn(f"skipped {path}: {reason}")
         raise UserError("none of the images can be read")
@@ -1217,7 +1197,7 @@ def resolution_of(path):
     return 2**int(math.log2(min(size)))
 
 
-Image.MAX_IMAGE_PIXELS = None                       # the user's own files may have any size
+Image.MAX_IMAGE_PIXELS = None               # the user's own files may have any size
 
 
 def load_image(path, resolution):
@@ -1226,15 +1206,15 @@ def load_image(path, resolution):
         # A large JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster.
         image.draft(None, (2 * resolution, 2 * resolution))
         image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":                   # 16-bit grey, which Pillow would clip to white
+        if image.mode[0] in "IF":           # 16-bit grey, which Pillow would clip to white
             raise ValueError("its pixels have more than 8 bits per colour")
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert("RGB")
-    filtered = Image.Resampling.BICUBIC             # to enlarge
+    filtered = Image.Resampling.BICUBIC     # to enlarge
     if min(image.size) >= resolution:
-        filtered = Image.Resampling.BOX             # to reduce: the mean of an area
+        filtered = Image.Resampling.BOX     # to reduce: the mean of an area
     return np.array(ImageOps.fit(image, (resolution, resolution), filtered))
 
 
@@ -1264,7 +1244,7 @@ def read_member(tar, name):
 # ------------------------------------------------------------------------------------- drawn shapes
 
 SHAPES = "arrow circle crescent cross diamond heart ring square star triangle".split()
-DRAWN = """\
+DRAWN = """
 ....#.... ..#####.. ...####.. ...###... ....#.... .##...##. ..#####.. ......... ....#.... ....#....
 ...###... .#######. .####.... ...###... ...###... ####.#### .#######. .#######. ....#.... ....#....
 ..#####.. ######### ####..... ...###... ..#####.. ######### ###...### .#######. ...###... ...###...
@@ -1273,7 +1253,8 @@ DRAWN = """\
 ...###... ######### ###...... ######### .#######. .#######. ##.....## .#######. ..#####.. ..#####..
 ...###... ######### ####..... ...###... ..#####.. ..#####.. ###...### .#######. ..#####.. .#######.
 ...###... .#######. .####.... ...###... ...###... ...###... .#######. .#######. .###.###. .#######.
-...###... ..#####.. ...####.. ...###... ....#.... ....#.... ..#####.. ......... .#.....#. #########"""
+...###... ..#####.. ...####.. ...###... ....#.... ....#.... ..#####.. ......... .#.....#. #########
+"""
 
 
 class Shapes(DataSet):
@@ -1303,12 +1284,12 @@ class Shapes(DataSet):
 
 def shape_mask(k):
     """Shape k, white on black, 88 pixels wide."""
-    lines = [line.split()[k] for line in DRAWN.splitlines()]
+    lines = [line.split()[k] for line in DRAWN.strip().splitlines()]
     cells = np.array([list(line) for line in lines]) == "#"         # (9, 9), with stairs for slopes
     mask = Image.fromarray(np.pad(np.uint8(255 * cells), 1))
     mask = mask.resize((88, 88), Image.Resampling.BICUBIC)
     mask = mask.filter(ImageFilter.GaussianBlur(4))     # half a cell: stairs become slopes
-    return mask.point(lambda value: 255 * (value > 127))
+    return mask.point(lambda value: 255 if value > 127 else 0)
 
 
 if __name__ == "__main__":
