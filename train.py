@@ -954,7 +954,9 @@ def stop_if_not_finite(trainer, means):
 # --------------------------------------------------------------------------- which images, and when
 
 def generator(stream, *numbers):
-    """A random generator that depends on the name of the stream and the numbers alone."""
+    """A random generator that depends on the name of the stream and the numbers alone.
+
+    (In a stream there are always as many numbers: trailing zeros would make no difference.)"""
     words = [zlib.crc32(stream.encode()), *numbers]
     state, = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))
@@ -1112,8 +1114,8 @@ def pack(data, folder, workers=0):
     """Decode a data set once, into a packed folder. If it is interrupted, start again."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    others = {path.name for path in folder.iterdir()}
-    others.discard("images.npy")            # which an interrupted packing leaves
+    interrupted = {"images.npy", "packed.json.tmp"}         # what an earlier attempt may have left
+    others = {path.name for path in folder.iterdir()} - interrupted
     require(not others, f"{folder} holds other files, or is packed already; choose another")
     shape = (len(data), data.resolution, data.resolution, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
