@@ -11,7 +11,8 @@ E is the mean over a batch. Real images x come from the data, with their classes
 ones z is drawn from a normal distribution and y uniformly from all classes. In G's turn the
 gradient flows back through D into G, but D's weights do not move.
 
-So D learns to tell real images from generated ones, and G to make images that D takes for real.
+D is content with a real image once its logit is above 1, and with a generated one once its logit
+is below -1. So D learns to tell the two apart, and G to make images that D takes for real.
 The game is in equilibrium when neither network can improve alone. Then generated images are
 distributed like real ones, and D can only guess (the section "hinge loss" says why).
 
@@ -56,16 +57,18 @@ from torch import nn
 # ==================================================================================================
 
 # ------------------------------------------------------------------------------------ spectral norm
-# D could win by growing its weights: its logits would then jump from real to generated images, and
-# its gradient, all that G learns from, would be huge at the jump and useless elsewhere. Spectral
-# norm forbids that. The largest singular value sigma of a weight matrix W is the most by which W
-# can stretch a vector:
+# Left alone, D would turn into a cliff: 1 at every real image, -1 right beside it. G learns from
+# the slope of D's logit at its images, and from a cliff there is nothing to learn: the slope is
+# enormous at the edge and 0 everywhere else. Spectral norm keeps D from becoming steep. The largest
+# singular value sigma of a weight matrix W is the most by which W can stretch a vector:
 #     sigma = max |W v|  over all v of length 1
-# A layer that computes with W / sigma does not stretch at all, so a small change of the image is
-# a small change of the logit. (The bound is not strict. A 3x3 convolution uses each input pixel in
-# nine outputs, which can make the output up to sqrt(9) = 3 times as long, and a residual block
-# adds two paths.) SAGAN found that spectral norm in G, too, keeps G's weights and gradients from
-# growing; BigGAN has it in both networks.
+# A layer that computes with W / sigma stretches no vector, so a small change of the image can make
+# only a small change of the logit. (The bound is not strict. A 3x3 convolution reads each pixel in
+# nine places. Seen as one long vector, these copies have sqrt(9) = 3 times the length of the image.
+# And a residual block adds two paths.)
+#
+# G has spectral norm as well. The reason is an observation: SAGAN, the model that BigGAN grew out
+# of (Zhang et al. 2019), trained more steadily with it, as G's weights and gradients cannot grow.
 #
 # Power iteration finds sigma. Starting from any vector u, repeat
 #     v = W^T u / |W^T u|
@@ -78,9 +81,9 @@ from torch import nn
 def power_iteration(W, u, steps=1, eps=1e-12):
     """The largest singular value of W (rows, columns), estimated from u (rows,).
 
-    Returns sigma (a scalar through which gradients reach W), u (rows,) and v (columns,), unit
-    vectors with u^T W v = sigma. u and v count as constants, which makes the derivative of sigma
-    u v^T: exact once they have converged. Miyato et al. 2018 (SN-GAN), algorithm 1."""
+    Returns sigma, a scalar through which gradients reach W, and two vectors of length 1: u (rows,)
+    and v (columns,). No gradient passes through u and v. So d sigma / d W is the matrix u v^T, the
+    exact derivative once they have converged. Miyato et al. 2018 (SN-GAN), algorithm 1."""
     with torch.no_grad():
         for _ in range(steps):
             v = F.normalize(W.T @ u, dim=0, eps=eps)
@@ -90,7 +93,7 @@ def power_iteration(W, u, steps=1, eps=1e-12):
 
 
 def add_spectral_norm(layer, eps):
-    """Give a layer its vector u. With eps=None, `normalized_weight` leaves its weight as it is."""
+    """Give a layer its vector u. eps keeps divisions from 0; eps=None: no spectral norm at all."""
     layer.eps = eps
     u = torch.randn(layer.weight.shape[0])
     layer.register_buffer("u", F.normalize(u, dim=0))  # a buffer: saved, but not trained
@@ -105,7 +108,7 @@ def normalized_weight(layer):
     with torch.autocast(W.device.type, enabled=False):
         sigma, u, _ = power_iteration(W, layer.u, eps=layer.eps)
     if layer.training:
-        layer.u.copy_(u)                            # evaluation does not keep its step
+        layer.u.copy_(u)                            # evaluation leaves the layer as it is
     return layer.weight / sigma.clamp(min=layer.eps)
 
 
@@ -143,7 +146,7 @@ class SNEmbedding(nn.Embedding):
 
 
 def matrix_layers(network):
-    """Name -> layer, for all layers with spectral norm: all of D's, and G's but for `shared`."""
+    """Name -> layer, for all layers with spectral norm. (G's class embedding has none.)"""
     kinds = (SNConv2d, SNLinear, SNEmbedding)
     return {name: m for name, m in network.named_modules() if isinstance(m, kinds)}
 
@@ -156,12 +159,13 @@ def matrix_layers(network):
 # its class joined with a part of its noise z:
 #     gain = 1 + W_g c        bias = W_b c
 # If the class entered the first layer only, it would have to be carried through all others, which
-# have much else to carry. So every block is told again what to draw.
+# have much else to carry. So every block is told again what to draw. A part of the noise comes with
+# it, so that chance can decide about coarse things in one block and about details in another.
 #
-# In training, mean and var are those of the batch. It is spread over all GPUs, so each channel's
-# sums are taken over all GPUs (`Moments`, in part 3). In evaluation they are fixed numbers, so that
-# an image does not depend on which others are drawn with it. D has no batch norm: whether an image
-# looks real should depend on that image alone.
+# In training, mean and var are those of the batch. As it is spread over all GPUs, `Moments` (part 3)
+# takes them over all GPUs. In evaluation, mean and var are fixed numbers, so that an image does not
+# depend on which others are drawn with it. D has no batch norm: whether an image looks real should
+# depend on that image alone.
 
 class Norm(nn.Module):
     """What all batch norms share: moments of the batch, or in evaluation their running averages."""
@@ -178,19 +182,20 @@ class Norm(nn.Module):
         """x (N, C, H, W), gain and bias (C,) or (N, C) -> (N, C, H, W)."""
         if self.training:
             mean, var = Moments.apply(x)            # (C,) each, over the images of all GPUs
-            self.update_running_averages(mean, var, processes() * x.numel() // x.shape[1])
+            self.update_running_averages(mean, var, x)
         else:
             mean = self.running_mean
             var = self.running_var
-        # The formula above, sorted as factor * x + offset, which is one pass over x. factor is
-        # rounded to x's 16 bits before offset is computed from it: x = mean then gives the bias.
+        # The formula above, sorted as factor * x + offset: one pass over x. Both are rounded to the
+        # 16 bits of x. offset is computed from the rounded factor: so x = mean still gives the bias.
         factor = (gain * torch.rsqrt(var + self.eps)).to(x.dtype)       # (C,) or (N, C)
         offset = (bias - mean * factor).to(x.dtype)                     # (C,) or (N, C)
         return torch.addcmul(per_channel(offset), x, per_channel(factor))
 
     @torch.no_grad()
-    def update_running_averages(self, mean, var, n):
-        """Take in the moments of n numbers per channel, the variance unbiased, as torch does."""
+    def update_running_averages(self, mean, var, x):
+        """Take in the moments of a batch; the variance without its bias, as nn.BatchNorm2d does."""
+        n = processes() * x.numel() // x.shape[1]   # numbers per channel, over all GPUs
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(var * n / (n - 1), self.momentum)
 
@@ -304,21 +309,22 @@ class ModelConfig:
     z_dim: int                          # length of the noise z
     ch: int = 96                        # what channels are multiples of
     n_classes: int = 1000
-    d_plain: int = 1                    # so many of D's last blocks keep H and W, the others halve
-    g_attention: int = 64               # attention where G has so many pixels per side; 0: none
-    d_attention: int = 64               # the same in D
+    d_plain: int = 1                    # how many of D's last blocks keep H and W; the others halve
+    g_attention: int = 64               # at which H = W does G have attention? 0: nowhere
+    d_attention: int = 64               # the same for D
     shared_dim: int = 128               # length of the class embedding that all of G's blocks share
     skip_z: bool = True                 # each block gets its own chunk of z (section 3)
     sn_eps: float = 1e-4                # in spectral norm of D (None: no spectral norm)
     g_sn_eps: float = 1e-4              # and of G; the paper's value for low precision (appendix C)
     bn_eps: float = 1e-4                # in batch norm
     deep: bool = False                  # BigGAN-deep (part 2); channels then count pairs of blocks
-    rgb_filters: int = 3                # filters of G's last layer, of which 3 are the image
+    rgb_filters: int = 3                # of G's last layer; published deep weights have 128, use 3
     d_wide: bool = True                 # D's blocks widen in the first convolution, not the second
 
     def __post_init__(self):
         doublings = len(self.g_channels) - 1
         made = 4 * 2**doublings
+        # After which blocks can attention stand?
         g_sizes = [0] + [8 * 2**i for i in range(doublings)]
         d_sizes = [0] + [self.resolution // 2**i for i in range(1, self.d_blocks_down + 1)]
         has_embedding = self.shared_dim > 0
@@ -341,9 +347,14 @@ class ModelConfig:
         """Length of a chunk of z: one chunk for G's first layer, one for each block."""
         return self.z_dim // len(self.g_channels)
 
+    # What G's first layer sees, and what its blocks see (c):
+    #     BigGAN         a chunk of z             embedding, chunk of z
+    #     BigGAN-deep    embedding, all of z      embedding, all of z
+    #     older models   all of z                 embedding, or the class itself
+
     @property
     def c_dim(self):
-        """Length of the condition c in G's blocks: the embedding and what they see of z."""
+        """Length of the condition c in G's blocks."""
         if self.skip_z:
             return self.shared_dim + self.z_chunk
         if self.deep:
@@ -352,7 +363,7 @@ class ModelConfig:
 
     @property
     def first_dim(self):
-        """Length of what G's first layer sees: its chunk of z (deep: c; others: all of z)."""
+        """Length of what G's first layer sees."""
         if self.skip_z:
             return self.z_chunk
         return self.c_dim if self.deep else self.z_dim
@@ -366,7 +377,7 @@ AT_512 = dict(
     resolution=512, g_channels=(16, 16, 8, 8, 4, 2, 1, 1), d_channels=(1, 1, 2, 4, 8, 8, 16, 16)
 )
 DEEP = dict(ch=128, z_dim=128, skip_z=False, deep=True, rgb_filters=128)
-OLDER = dict(ch=64, z_dim=128, skip_z=False, shared_dim=0)      # each layer has a class table
+OLDER = dict(ch=64, z_dim=128, skip_z=False, shared_dim=0)      # gain and bias from class tables
 
 MODELS = {
     # The paper's, tables 4 to 6. (Attention of G at 256 pixels as in its author's PyTorch code.)
@@ -391,9 +402,8 @@ MODELS = {
         resolution=32, g_channels=(4, 4, 2, 1), d_channels=(1, 2, 4, 4),
         ch=32, z_dim=64, g_attention=16, d_attention=16, n_classes=10, shared_dim=32,
     ),
-    # Where BigGAN comes from: SN-GAN with projection (Miyato & Koyama 2018), then SAGAN (Zhang et
-    # al. 2019), the first row of the paper's table 1, which adds attention, spectral norm in G and
-    # a wider D.
+    # Where BigGAN comes from: first SN-GAN with projection (Miyato & Koyama 2018), then SAGAN, the
+    # first row of the paper's table 1, which adds attention, spectral norm in G and a wider D.
     "sngan128": ModelConfig(
         **AT_128, **OLDER, g_attention=0, d_attention=0, g_sn_eps=None, d_wide=False
     ),
@@ -403,7 +413,8 @@ MODELS = {
 
 # ------------------------------------------------------------------------------------- the networks
 # BigGAN at 128 pixels, ch = 96. The noise z (N, 120) is cut into six chunks z_0 ... z_5 of 20; e is
-# the embedding of the class y, (N, 128), and c_i = [e, z_i] the condition of block i.
+# G's embedding of the class y, (N, 128), and c_i = [e, z_i] the condition of block i. D has its own
+# embedding of the class, e_y, (N, 1536).
 #
 #     G: z, y -> image                              D: x, y -> logit
 #
@@ -473,7 +484,7 @@ class Generator(nn.Module):
         self.config = config
         channels = [multiple * config.ch for multiple in config.g_channels]
         if config.shared_dim > 0:
-            # No spectral norm here: the author's code notes that it cripples G.
+            # No spectral norm here. It cripples G, says the author's code, without a reason.
             self.shared = nn.Embedding(config.n_classes, config.shared_dim)
         self.linear = SNLinear(config.first_dim, 4 * 4 * channels[0])
         self.blocks = nn.ModuleList()
@@ -605,7 +616,7 @@ class Discriminator(nn.Module):
 def initialise(network, eps):
     """Orthogonal weights (section 3), so that all singular values start at 1, and zero biases.
 
-    eps: of spectral norm in all of the network's layers. None: no spectral norm."""
+    All layers get this eps for spectral norm in place of the one they were made with."""
     for layer in matrix_layers(network).values():
         layer.eps = eps
     for module in network.modules():
@@ -621,9 +632,12 @@ def initialise(network, eps):
 # among real images and q among generated ones. D chooses its logit d there, and pays
 #     p max(0, 1 - d) + q max(0, 1 + d)
 # which is least at d = 1 where p > q, and at d = -1 where p < q: the best D is sign(p - q). G wants
-# its images to have high logits, so it moves them from where q > p to where q < p. Only when p = q
-# everywhere is there nothing left to move, and D can only guess. With the best D, its loss is
-# 2 min(p, q) there. Summed over all images, this is at most 2, reached where p = q.
+# its images to have high logits, so it moves them uphill, away from where there are too many of
+# them (q > p, logit -1) to where there are too few (q < p, logit 1). Only if p = q everywhere is
+# there no uphill: all d from -1 to 1 cost the same then, and D can only guess. (This shows where the
+# game can rest. It is no proof that it gets there.) The best D pays 2 min(p, q). Summed over all
+# images that is at most 2, when p = q everywhere. So a loss of D near 2 means that it cannot tell
+# the two apart, and a loss near 0 that it always can.
 
 def hinge_loss_d(real_logits, fake_logits):
     """(N,), (M,) -> scalar. Lim & Ye 2017, Tran et al. 2017."""
@@ -631,20 +645,23 @@ def hinge_loss_d(real_logits, fake_logits):
 
 
 def hinge_loss_g(fake_logits):
-    """(N,) -> scalar. Not cut off: G has reason to improve as long as D can tell."""
+    """(N,) -> scalar. With max(0, 1 - D) instead of -D, G would stop learning where D gives 1."""
     return -fake_logits.mean()
 
 
 # -------------------------------------------------------------------------- orthogonal penalty on G
-# Two rows of a weight matrix W are two filters. (W W^T)_ij is their scalar product: 0 if they are
-# orthogonal. Filters that are alike compute the same twice; orthogonal ones keep different inputs
-# different, so that neighbouring z give neighbouring images, and no direction of z is lost. Such a
-# G also draws well from truncated noise (below), which lies closer to 0 than what it was trained
-# on. The penalty is the sum of all squared scalar products of different filters:
+# Each row of a weight matrix W is a filter. (W W^T)_ij is the scalar product of filters i and j: 0
+# if they are orthogonal, large if they compute nearly the same. The penalty is the sum of squares
+# of all products of two different filters:
 #     || W W^T * (1 - I) ||^2
-# where 1 - I removes the diagonal, the filters' own squared lengths, which may be anything. The
-# paper's weight for it is 1e-4. Of its models 16% could be truncated without this penalty, and 60%
-# with it (section 3.1).
+# where 1 - I removes the diagonal, the filters' own squared lengths, which may be anything. (So it
+# does not matter that the layers divide W by sigma: that changes lengths, not angles.)
+#
+# What is it for? Samples improve when z is drawn closer to 0 than in training (truncation, below).
+# But many a G draws poor images there: it has not been trained on such z. It helps if G is smooth,
+# that is, if none of its layers stretches some directions much more than others, as layers with
+# orthogonal filters do not. In the paper (section 3.1), with a weight of 1e-4, 60% of the models
+# could be truncated; without the penalty, 16%.
 
 def orthogonal_penalty(W, off_diagonal=True):
     """|| W W^T * (1 - I) ||^2 of W (out, ...) -> scalar. The paper's filters are columns: W^T W.
@@ -655,16 +672,16 @@ def orthogonal_penalty(W, off_diagonal=True):
     if W.shape[0] <= W.shape[1]:
         target = squared_lengths if off_diagonal else torch.ones_like(squared_lengths)
         return (W @ W.T - torch.diag(target)).square().sum()
-    # More filters than inputs: W^T W is smaller than W W^T, and has the same norm. (G's first layer
-    # at 128 pixels has 24,576 filters of 20 inputs: 400 numbers instead of 604 million.)
-    whole = (W.T @ W).square().sum()                # || W W^T ||^2, with the diagonal
+    # More filters than inputs: W^T W is smaller than A = W W^T, and has the same norm. (G's first
+    # layer at 128 pixels has 24,576 filters of 20 inputs: 400 numbers instead of 604 million.)
+    whole = (W.T @ W).square().sum()                # || A ||^2, with the diagonal
     if off_diagonal:
         return whole - squared_lengths.square().sum()
-    return whole - 2 * squared_lengths.sum() + len(W)       # || A - I ||^2 = || A ||^2 - 2 tr A + n
+    return whole - 2 * squared_lengths.sum() + len(W)       # || A ||^2 - 2 tr A + || I ||^2
 
 
 def orthogonal_regularisation(G):
-    """The penalty of all of G's layers, summed. Embeddings are left out: they are no filters."""
+    """The penalty, summed over all of G's layers with spectral norm."""
     return sum(orthogonal_penalty(layer.weight) for layer in matrix_layers(G).values())
 
 
@@ -687,7 +704,7 @@ def truncated_normal(shape, threshold=math.inf, generator=None):
     inside = math.erf(threshold / math.sqrt(2))     # the probability of lying within the threshold
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)       # in [0, 1)
     z = math.sqrt(2) * torch.erfinv((2 * uniform - 1) * inside)
-    limit = min(threshold, 9)                       # erfinv(-1) is infinite
+    limit = min(threshold, 9)                       # only u = -1 gives more, and that infinity
     return z.clamp(-limit, limit).float()
 
 
@@ -705,7 +722,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model, step):
-        """Take in the weights of `model` after step number `step`, and its buffers too."""
+        """Take in the weights of `model` after step number `step`, and its buffers, too.
+
+        (The average of vectors u is a little short. Power iteration gives it length 1 again.)"""
         newest_weight = 1 - self.decay if step > self.start else 1.0
         ours = [*self.model.parameters(), *self.model.buffers()]
         newest = [*model.parameters(), *model.buffers()]

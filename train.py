@@ -128,10 +128,10 @@ def add_recipe(add):
     add("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 if the hardware has it")
     # Beyond the recipe.
     add("--augment", default="", help="for few images: colour,translation,cutout or some of them")
-    add("--r1", type=float, default=0.0, help="gamma, the weight of R1; the paper tries 10 and 1")
-    add("--sigma-fixed", type=float, help="lower sigma_0 of G's layers to this (section 4.1)")
-    add("--sigma-ratio", type=float, help="lower it to so many times the second singular value")
-    add("--sigma-pull", type=float, default=0.0, help="pull it there, by a penalty of this weight")
+    add("--r1", type=float, default=0.0, help="weight of a penalty on D's gradient at real images")
+    add("--sigma-fixed", type=float, help="lower G's largest singular values to this (section 4.1)")
+    add("--sigma-ratio", type=float, help="lower them to so many times the second largest")
+    add("--sigma-pull", type=float, default=0.0, help="pull them there, by a penalty so weighted")
 
 
 def add_conduct(add):
@@ -148,7 +148,7 @@ def add_conduct(add):
     add("--save-every", type=int, default=1000, help="steps between checkpoints")
     add("--keep", type=int, default=3, help="how many of the newest checkpoints remain")
     add("--keep-every", type=int, default=25_000, help="those of every so many steps remain, too")
-    add("--on-collapse", default="stop", choices=["stop", "warn"], help="what to do then")
+    add("--on-collapse", default="stop", choices=["stop", "warn"], help="if images become alike")
 
 
 def make_parser():
@@ -184,20 +184,19 @@ PRESETS = {                                 # what differs from the defaults abo
     "sngan128": dict(
         model="sngan128", steps=450_000, batch=64, d_steps=5, g_lr=2e-4, beta2=0.9, ortho=0.0
     ),
-    # The paper's table 1. Row 1: SAGAN (Zhang et al. 2019).
+    # The paper's table 1. Its first row is SAGAN (Zhang et al. 2019).
     "table1-row1": dict(
         **SAGAN, steps=1_000_000, batch=256, d_steps=1, g_lr=1e-4, d_lr=4e-4, beta2=0.9
     ),
-    # Twice the batch, half the rates, two updates of D, another beta2. Then larger batches.
+    # Twice the batch, half the rates, two updates of D, another beta2; then larger batches.
     "table1-row2": dict(**SAGAN, steps=1_000_000, batch=512),
     "table1-row3": dict(**SAGAN, steps=1_000_000, batch=1024),
     "table1-row4": dict(**SAGAN, steps=732_000),
-    # More channels; a shared class embedding; z in chunks; the orthogonal penalty; fewer channels.
-    "table1-row5": dict(**SAGAN, steps=295_000, ch=96),
-    "table1-row6": dict(**SAGAN, steps=185_000, ch=96, shared_dim=128),
-    "table1-row7": dict(steps=152_000, ortho=0.0),
-    "table1-row8": dict(steps=165_000),
-    "table1-row9": dict(steps=371_000, ch=64),
+    "table1-row5": dict(**SAGAN, steps=295_000, ch=96),         # more channels
+    "table1-row6": dict(**SAGAN, steps=185_000, ch=96, shared_dim=128),     # a shared embedding
+    "table1-row7": dict(steps=152_000, ortho=0.0),              # z in chunks
+    "table1-row8": dict(steps=165_000),                         # the orthogonal penalty
+    "table1-row9": dict(steps=371_000, ch=64),                  # fewer channels
 }
 
 
@@ -229,10 +228,13 @@ def parse_settings(arguments):
 # sees the batch, and its u and running averages move. A batch that is too large for the memory is
 # taken in micro-batches, whose gradients add up. (Batch norm then sees one micro-batch.)
 #
-# With several processes, each takes its part of every micro-batch. DistributedDataParallel (DDP)
-# replaces the gradients by their mean over the processes, once the last micro-batch has added its
-# own. Penalties on D's gradient reach the same parameters in the same backward pass, so that mean
-# is theirs, too. Penalties on G's weights are the same in every process, and so is their mean.
+# With several processes, each takes its part of every micro-batch. In the backward pass of the last
+# micro-batch, DistributedDataParallel (DDP) replaces each p.grad by its mean over the processes. It
+# does not ask where the gradient came from. So the mean is right
+# - for the losses: the batch's loss is the mean of the processes' losses. (Batch norm makes them
+#   depend on each other's images. `Moments` in biggan.py says why the mean is right all the same.)
+# - for penalties on D's gradient, which add to the same p.grad in the same backward pass;
+# - for penalties on G's weights: all processes add the same, whose mean is the same again.
 
 class Trainer:
     """G, D, their optimisers and the EMA, and the step that moves them. Knows nothing of files."""
@@ -242,12 +244,12 @@ class Trainer:
         self.config = config
         self.device = device
         self.step = 0
-        self.loss_d, self.loss_g, self.threshold = LOSSES[args.loss]
+        self.loss_d, self.loss_g, self.threshold = LOSSES[args.loss]        # see `accuracy`
         self.half = PRECISIONS[args.precision]      # the 16-bit type for autocast, or None
         self.dtype = torch.float64 if args.precision == "fp64" else torch.float32
         self.rows = rows_of_batch(args.batch, args.micro_batch)     # of each batch, this process's
         self.micro = args.micro_batch // processes()                # how many of them at a time
-        self.share = self.micro / len(self.rows)    # the part of the whole that those are
+        self.share = self.micro / len(self.rows)    # weight of a micro-batch in the batch's mean
 
         torch.backends.cudnn.benchmark = True       # all steps have the same shapes
         torch.manual_seed(args.seed)        # the same first weights in every process
@@ -360,8 +362,8 @@ class Trainer:
         """z, labels, mix and r of this process's rows. turn 0 is G's; 1, 2, ... are D's.
 
         They depend on the seed, the step and the turn, not on the number of processes: each draws
-        those of the whole batch and keeps its own rows. mix is for the gradient penalty, r for
-        augmentation, r[:, 0] of generated images and r[:, 1] of real ones."""
+        those of the whole batch and keeps its own rows. (mix and r are beyond the recipe, for the
+        gradient penalty and for augmentation, of generated images and of real ones.)"""
         n = self.args.batch
         when = (self.args.seed, self.step, turn)
         noise = generator("noise", *when)
@@ -375,7 +377,7 @@ class Trainer:
         """This process's part of the batch, in micro-batches."""
         z, labels, mix, r = self.random_numbers(turn)
         if real is not None and self.args.loss == "wgan-gp":
-            labels = real_labels            # its penalty joins images of one class
+            labels = real_labels            # its penalty mixes a real and a generated image
         for first in range(0, len(self.rows), self.micro):
             part = slice(first, first + self.micro)
             batch = MicroBatch(z[part], labels[part], mix[part], r[part])
@@ -384,7 +386,7 @@ class Trainer:
                 batch.real_labels = real_labels[part]
             is_last = part.stop == len(self.rows)
             for network in self.parallel_G, self.parallel_D:
-                network.require_backward_grad_sync = is_last    # tells DDP when to take the mean
+                network.require_backward_grad_sync = is_last    # what DDP's no_sync() sets, too
             yield batch
 
     # What a checkpoint holds.
@@ -424,7 +426,7 @@ def in_parallel(network):
     """The network, with gradients that are averaged over the processes."""
     if processes() == 1:
         return network
-    # The strides of a 1x1 kernel can be written in two ways, which DDP takes for a difference.
+    # A harmless warning, about strides of 1x1 kernels.
     warnings.filterwarnings("ignore", "Grad strides do not match|.*broadcast_buffers")
     # broadcast_buffers: u and running averages are the same in all processes, and need not be sent.
     return DistributedDataParallel(
@@ -448,7 +450,7 @@ def train(trainer, data, held_out, args):
 
     signals = catch_signals()
     real_batches = batches(data, args, trainer.step, trainer.device)
-    references = some_images(data, args.seed, 64, 8)
+    references = some_images(data, args.seed, n=64, n_classes=8)
     lines = read_log(args.out, trainer.step)
     logged = []                             # by the steps since the last line
     started = perf_counter()
@@ -476,8 +478,10 @@ def train(trainer, data, held_out, args):
         if is_due(args.save_every) and not collapse:
             if save_checkpoint(trainer, data.classes, args):
                 saved = trainer.step
-        wish = STOP_REQUESTED if signals else GO_ON
-        ending = largest_of_all_processes(COLLAPSED if collapse else wish)
+        ending = STOP_REQUESTED if signals else GO_ON
+        if collapse:                        # known to the first process alone
+            ending = COLLAPSED
+        ending = largest_of_all_processes(ending)       # all end in the same way
     finish(trainer, data.classes, args, saved, ending, collapse)
 
 
@@ -795,7 +799,7 @@ def evaluate(trainer, data, held_out, args):
         for name, layer in matrix_layers(network).items():
             sigma[f"{letter}.{name}"] = singular_values(layer.weight).tolist()
     found = {"sigma": sigma}
-    if held_out and trainer.threshold is not None:
+    if held_out and args.loss != "wgan-gp":     # whose logits mean nothing by themselves
         for name, images in ("D_accuracy", data), ("D_accuracy_held_out", held_out):
             found[name] = accuracy(trainer, *some_images(images, args.seed, 512, 64))
     return found
