@@ -162,10 +162,9 @@ def matrix_layers(network):
 # have much else to carry. So every block is told again what to draw. A part of the noise comes with
 # it, so that chance can decide about coarse things in one block and about details in another.
 #
-# In training, mean and var are those of the batch. As it is spread over all GPUs, `Moments` (part 3)
-# takes them over all GPUs. In evaluation, mean and var are fixed numbers, so that an image does not
-# depend on which others are drawn with it. D has no batch norm: whether an image looks real should
-# depend on that image alone.
+# In training, mean and var are those of the batch, over all GPUs (`Moments`, in part 3). In
+# evaluation they are fixed numbers, so that an image does not depend on which others are drawn with
+# it. D has no batch norm: whether an image looks real should depend on that image alone.
 
 class Norm(nn.Module):
     """What all batch norms share: moments of the batch, or in evaluation their running averages."""
@@ -186,8 +185,8 @@ class Norm(nn.Module):
         else:
             mean = self.running_mean
             var = self.running_var
-        # The formula above, sorted as factor * x + offset: one pass over x. Both are rounded to the
-        # 16 bits of x. offset is computed from the rounded factor: so x = mean still gives the bias.
+        # The formula above, sorted as factor * x + offset: one pass over x. Both are rounded to x's
+        # 16 bits, and offset is computed from the rounded factor: x = mean still gives the bias.
         factor = (gain * torch.rsqrt(var + self.eps)).to(x.dtype)       # (C,) or (N, C)
         offset = (bias - mean * factor).to(x.dtype)                     # (C,) or (N, C)
         return torch.addcmul(per_channel(offset), x, per_channel(factor))
@@ -634,10 +633,10 @@ def initialise(network, eps):
 # which is least at d = 1 where p > q, and at d = -1 where p < q: the best D is sign(p - q). G wants
 # its images to have high logits, so it moves them uphill, away from where there are too many of
 # them (q > p, logit -1) to where there are too few (q < p, logit 1). Only if p = q everywhere is
-# there no uphill: all d from -1 to 1 cost the same then, and D can only guess. (This shows where the
-# game can rest. It is no proof that it gets there.) The best D pays 2 min(p, q). Summed over all
-# images that is at most 2, when p = q everywhere. So a loss of D near 2 means that it cannot tell
-# the two apart, and a loss near 0 that it always can.
+# there no uphill: all d from -1 to 1 cost the same then, and D can only guess. (This shows where
+# the game can rest. It is no proof that it gets there.) The best D pays 2 min(p, q). Summed over
+# all images that is at most 2, when p = q everywhere. So a loss of D near 2 means that it cannot
+# tell the two apart, and a loss near 0 that it always can.
 
 def hinge_loss_d(real_logits, fake_logits):
     """(N,), (M,) -> scalar. Lim & Ye 2017, Tran et al. 2017."""

@@ -43,10 +43,13 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
         |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
 
-    With Inception's features this is the FID (Heusel et al. 2017). A root of C1 C2 is not needed,
-    only its trace. Write C1 = A A^T and C2 = B B^T. Then C1 C2 has the same eigenvalues (other than
-    0) as (A^T B)(A^T B)^T, which are the squares of the singular values of A^T B. So the trace of
-    the root is the sum of these: real and not negative, whatever the rank."""
+    With Inception's features this is the FID (Heusel et al. 2017): fit a normal distribution to the
+    features of each set of images, and compare. Lower is better.
+
+    The trace of the root is the sum of the roots of the eigenvalues of C1 C2. Write C1 = A A^T and
+    C2 = B B^T. The eigenvalues of A A^T B B^T, other than 0, are those of (A^T B)(A^T B)^T, and so
+    the squares of the singular values of A^T B. Their roots are these singular values. (A root of
+    the matrix itself, which other codes take, may come out complex or fail.)"""
     A = factor(np.asarray(cov1, np.float64))
     B = factor(np.asarray(cov2, np.float64))
     trace_of_root = np.linalg.svd(A.T @ B, compute_uv=False).sum()
@@ -78,10 +81,12 @@ def inception_score(probs, splits=10):
 
 
 def kernel_distance(a, b, subsets=100, size=1000, seed=0):
-    """Squared maximum mean discrepancy of points (N, d), (M, d), with the kernel below.
+    """How alike are points within each set (N, d), (M, d), compared with points of different sets?
 
-    With Inception's features it is the KID (Binkowski et al. 2018). Unlike the FID it has no bias:
-    for two samples of one distribution it is 0 on average. -> mean and deviation over subsets"""
+    The mean `kernel` within a, plus that within b, minus twice that between a and b: the squared
+    maximum mean discrepancy, and with Inception's features the KID (Binkowski et al. 2018). Unlike
+    the FID it has no bias: for two samples of one distribution it is 0 on average.
+    -> mean and standard deviation over random subsets"""
     a = torch.as_tensor(a, dtype=torch.float64)
     b = torch.as_tensor(b, dtype=torch.float64)
     size = min(size, len(a), len(b))
@@ -133,10 +138,11 @@ def covered(points, centres, k):
 
 
 def sliced_wasserstein(a, b, projections=512, seed=0):
-    """Mean Wasserstein-1 distance of points (N, d), (N, d), projected on random directions.
+    """How far must points (N, d) move, on average, to become other points (N, d)?
 
-    On a line, the best way to move one set onto another is known: the smallest point to the
-    smallest, and so on. Rabin et al. 2011."""
+    That is the Wasserstein-1 distance, which takes an optimal pairing. On a line it is known: the
+    smallest point goes to the smallest, and so on. So the points are projected on random lines, and
+    the mean over these is taken. Rabin et al. 2011."""
     a = torch.as_tensor(a)
     b = torch.as_tensor(b)
     require(a.shape == b.shape, f"sets of different shapes: {tuple(a.shape)}, {tuple(b.shape)}")
@@ -145,7 +151,7 @@ def sliced_wasserstein(a, b, projections=512, seed=0):
     directions = F.normalize(directions, dim=1)
     total = 0.0
     for some in directions.split(32):       # (32, d)
-        line_a = np.sort((some @ a.T).numpy())      # (32, N)
+        line_a = np.sort((some @ a.T).numpy())      # (32, N); numpy sorts faster
         line_b = np.sort((some @ b.T).numpy())
         total += np.abs(line_a - line_b).mean(1).sum()
     return float(total / projections)
@@ -164,7 +170,8 @@ INCEPTION_URL = (
 )
 
 # A block sends its input through several chains of convolutions, which see it at different scales,
-# and stacks their outputs. These are the chains of each kind of block.
+# and stacks their outputs. These are the chains of each kind of block. Each is a string of layers, by
+# their names in the file of weights. AT_35 keeps 35x35 positions, TO_17 halves them to 17x17.
 AT_35 = ["1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3"]
 TO_17 = ["3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3"]
 AT_17 = ["1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5"]
@@ -181,7 +188,8 @@ AT_8 = [
 class Inception(nn.Module):
     """Images (N, 3, H, W) uint8 -> pool features (N, 2048), logits (N, 1008).
 
-    weights: the path of the published file, or a state dict with the same names."""
+    weights: the path of the published file, or a state dict with the same names. There are no
+    layers as sub-modules: `forward` looks up each weight by its name."""
 
     def __init__(self, weights):
         super().__init__()
@@ -234,7 +242,7 @@ class Inception(nn.Module):
         return self.conv(x, f"{block}_branch{last}", **options)
 
     def mixed(self, x, block, chains, pooled=None):
-        """Chains, and one after a pooling; keeps H and W."""
+        """The chains, and one more that begins with a pooling. Keeps H and W."""
         if pooled is None:
             pooled = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
         outputs = [self.chain(x, block, names) for names in chains]
@@ -242,7 +250,7 @@ class Inception(nn.Module):
         return torch.cat(outputs, 1)
 
     def halve(self, x, block, chains):
-        """Chains that end with stride 2, and a pooling."""
+        """The chains, which end with stride 2 here, and a pooling. Halves H and W."""
         outputs = [self.chain(x, block, names, stride=2, padding=0) for names in chains]
         outputs.append(F.max_pool2d(x, 3, stride=2))
         return torch.cat(outputs, 1)

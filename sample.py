@@ -17,9 +17,11 @@ G_ema.pth of the paper's author's PyTorch code.
 --trunc T has two meanings. In the paper (section 3.1), and for weights trained here, every
 component of the noise z that lies outside [-T, T] is drawn again. For the published BigGAN-deep
 weights, z is T times a normal distribution truncated to [-2, 2], and T is at most 1. The two are
-not the same: at T = 0.5 their standard deviations are 0.28 and 0.44. Batch norm's mean and var
-must be those of the same noise. BigGAN-deep's weights have them for all T; the author's weights,
-and those that --export writes, for noise without truncation. Others are measured at each start.
+not the same: at T = 0.5 their standard deviations are 0.28 and 0.44.
+
+Batch norm's mean and var must be those of the same noise. BigGAN-deep's weights come with them, for
+all T. The author's weights, and files that --export wrote, have those of noise without truncation.
+In all other cases they are measured at the start, on 1,024 images.
 
 How to read this file. Part 1: from weights to pictures. Part 2: where weights come from, and how
 those of others are renamed. Part 3: what all commands share: errors, files, processes."""
@@ -66,13 +68,13 @@ class LoadedGenerator(Generator):
 
     def __init__(self, weights):            # weights: a Weights, see part 2
         config = weights.config
-        if weights.scaled_noise:            # of BigGAN-deep, already divided by their sigma
+        if weights.scaled_noise:            # BigGAN-deep: `from_deep` has divided them by sigma
             config = dataclasses.replace(config, g_sn_eps=None)
         with torch.device("meta"):          # shapes without memory: the weights come next
             super().__init__(config)
         self.load_state_dict(weights.G_ema, assign=True)
         self.float().eval().requires_grad_(False)
-        fold_spectral_norm(self)
+        fold_spectral_norm(self)            # divide weights by sigma once, not at each call
         self.classes = weights.classes
         self.scaled_noise = weights.scaled_noise
         self.stored_statistics = weights.statistics
@@ -94,7 +96,8 @@ class LoadedGenerator(Generator):
             f"--trunc {truncation:g} must be above 0, and for these weights at most {widest:g}",
         )
         self.truncation = truncation
-        if self.stored_statistics and (self.scaled_noise or truncation == widest):
+        stored_for_this = self.scaled_noise or truncation == widest
+        if self.stored_statistics and stored_for_this:
             stored = self.stored_statistics.items()
             chosen = {name: interpolate(values, truncation) for name, values in stored}
             self.load_state_dict(chosen, strict=False)
@@ -244,7 +247,7 @@ def class_indices(wanted, classes):
 
 
 def class_index(text, classes, names):
-    """The one class that is meant. A name comes before a number, and that before part of a name."""
+    """The one class that is meant: a class's whole name, or its number, or a word of its name."""
     word = re.compile(rf"\b{re.escape(text.lower())}\b")
     found = [k for k, of_class in enumerate(names) if text.lower() in of_class]
     if not found:
@@ -298,10 +301,9 @@ def check(args):
         args.sheet != "truncation" or args.trunc is None,
         "--sheet truncation needs no --trunc: leave out one",
     )
-    require(
-        WORLD_SIZE <= max(1, args.npz),
-        f"{WORLD_SIZE} processes share --npz, of at least {WORLD_SIZE} images, and nothing else",
-    )
+    if WORLD_SIZE > 1:
+        enough = args.npz >= WORLD_SIZE
+        require(enough, f"{WORLD_SIZE} processes share --npz, of at least {WORLD_SIZE} images")
 
 
 def main(arguments):
@@ -334,15 +336,17 @@ def make_sheet(G, classes, args):
         if args.sheet == "truncation":
             truncations = [1, 0.8, 0.6, 0.4, 0.04] if G.scaled_noise else [2, 1.5, 1, 0.5, 0.04]
         images = seed_rows(G, classes, args.n, args.seed, truncations)
-    one_row = len(images) == args.n
-    return image_grid(images, math.ceil(math.sqrt(args.n)) if one_row else args.n)
+    columns = args.n
+    if len(images) == args.n:
+        columns = math.ceil(math.sqrt(args.n))
+    return image_grid(images, columns)
 
 
 def write_npz(G, classes, n, seed, out):
     """n images, the classes in turn: arr_0 (n, R, R, 3) uint8, arr_1 (n,). All processes draw."""
     labels = np.resize(classes, n)
     drawn = []
-    for rows in rows_of_this_process(n, 16, "drawing"):
+    for rows in rows_of_this_process(n, 16, "drawing"):         # an array of up to 16 numbers
         drawn.append(draw_seeds(G, labels[rows], seed + rows, G.noise))
     images = gather_rows(drawn)
     if rank() == 0:
@@ -361,7 +365,7 @@ def export(weights, out):
     content = {
         "model": dataclasses.asdict(found.config),
         "classes": found.classes,
-        "standing": True,
+        "standing": True,                   # says that the statistics can be relied on
         "G_ema": state,
     }
     save_atomically(out, lambda f: torch.save(content, f))
@@ -453,10 +457,10 @@ def from_deep(state):
     state = rename(state, DEEP_NAMES)
     # Divide by sigma as it was when they were published, u^T W v. Another round of power iteration
     # would change the images.
-    for name in [name for name in state if name.endswith(".v")]:
-        layer = name.removesuffix("v")
+    for name in [name for name in state if name.endswith(".u")]:
+        layer = name.removesuffix("u")
         W = state[layer + "weight"]
-        sigma = state[layer + "u"] @ W.flatten(1) @ state.pop(name)
+        sigma = state[name] @ W.flatten(1) @ state.pop(layer + "v")
         state[layer + "weight"] = W / sigma
     # Their embedding is a linear layer, whose input has a one at the class and zeros elsewhere.
     state["shared.weight"] = state["shared.weight"].T.contiguous()
