@@ -170,8 +170,8 @@ INCEPTION_URL = (
 )
 
 # A block sends its input through several chains of convolutions, which see it at different scales,
-# and stacks their outputs. These are the chains of each kind of block. Each is a string of layers, by
-# their names in the file of weights. AT_35 keeps 35x35 positions, TO_17 halves them to 17x17.
+# and stacks their outputs. These are the chains of each kind of block: strings of layers, with the
+# names that they have in the file of weights. AT_35 keeps 35x35 positions, TO_17 makes 17x17.
 AT_35 = ["1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3"]
 TO_17 = ["3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3"]
 AT_17 = ["1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5"]
