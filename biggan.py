@@ -62,10 +62,10 @@ from torch import nn
 # enormous at the edge and 0 everywhere else. Spectral norm keeps D from becoming steep. The largest
 # singular value sigma of a weight matrix W is the most by which W can stretch a vector:
 #     sigma = max |W v|  over all v of length 1
-# A layer that computes with W / sigma stretches no vector, so a small change of the image can make
-# only a small change of the logit. (The bound is not strict. A 3x3 convolution reads each pixel in
-# nine places. Seen as one long vector, these copies have sqrt(9) = 3 times the length of the image.
-# And a residual block adds two paths.)
+# A layer that computes with W / sigma makes no vector longer, so a small change of the image can
+# make only a small change of the logit. (The bound is not strict. A 3x3 convolution reads each pixel
+# in nine places. Seen as one long vector, these copies have sqrt(9) = 3 times the length of the
+# image. And a residual block adds two paths.)
 #
 # G has spectral norm as well. The reason is an observation: SAGAN, the model that BigGAN grew out
 # of (Zhang et al. 2019), trained more steadily with it, as G's weights and gradients cannot grow.
@@ -93,7 +93,9 @@ def power_iteration(W, u, steps=1, eps=1e-12):
 
 
 def add_spectral_norm(layer, eps):
-    """Give a layer its vector u. eps keeps divisions from 0; eps=None: no spectral norm at all."""
+    """Give a layer its vector u. eps keeps divisions from 0, and None switches spectral norm off.
+
+    (For the layers of G and D, `initialise` sets the eps that ModelConfig has.)"""
     layer.eps = eps
     u = torch.randn(layer.weight.shape[0])
     layer.register_buffer("u", F.normalize(u, dim=0))  # a buffer: saved, but not trained
@@ -101,7 +103,7 @@ def add_spectral_norm(layer, eps):
 
 def normalized_weight(layer):
     """The layer's weight divided by its largest singular value, in the weight's own shape."""
-    if layer.eps is None:
+    if layer.eps is None:                           # spectral norm is off
         return layer.weight
     W = layer.weight.flatten(1)                     # (out, everything else): one row per filter
     # Not in 16 bits under autocast: sigma is a sum over thousands of products.
@@ -146,7 +148,7 @@ class SNEmbedding(nn.Embedding):
 
 
 def matrix_layers(network):
-    """Name -> layer, for all layers with spectral norm. (G's class embedding has none.)"""
+    """Name -> layer, for all layers of the three classes above. (G's class embedding is none.)"""
     kinds = (SNConv2d, SNLinear, SNEmbedding)
     return {name: m for name, m in network.named_modules() if isinstance(m, kinds)}
 
@@ -313,10 +315,10 @@ class ModelConfig:
     d_attention: int = 64               # the same for D
     shared_dim: int = 128               # length of the class embedding that all of G's blocks share
     skip_z: bool = True                 # each block gets its own chunk of z (section 3)
-    sn_eps: float = 1e-4                # in spectral norm of D (None: no spectral norm)
-    g_sn_eps: float = 1e-4              # and of G; the paper's value for low precision (appendix C)
-    bn_eps: float = 1e-4                # in batch norm
-    deep: bool = False                  # BigGAN-deep (part 2); channels then count pairs of blocks
+    sn_eps: float = 1e-4                # in D's spectral norm; None switches it off
+    g_sn_eps: float = 1e-4              # in G's
+    bn_eps: float = 1e-4                # in batch norm; all as in appendix C, for low precision
+    deep: bool = False                  # BigGAN-deep (part 2): two blocks for each of the channels
     rgb_filters: int = 3                # of G's last layer; published deep weights have 128, use 3
     d_wide: bool = True                 # D's blocks widen in the first convolution, not the second
 
@@ -530,7 +532,7 @@ class Generator(nn.Module):
                 h = self.attention(h)
         h = self.output_norm(h).relu_()             # (N, ch, R, R)
         # The published deep weights have 128 filters in the last layer. All of them count for
-        # sigma, but only three are used, the image's colours; the others are left over.
+        # sigma, but only three are used, the image's colours.
         W = normalized_weight(self.to_rgb)[:3]
         h = F.conv2d(h, W, self.to_rgb.bias[:3], padding="same")    # (N, 3, R, R)
         return torch.tanh(precise(h))               # (N, 3, R, R) in [-1, 1]
@@ -842,7 +844,8 @@ class ClassBatchNorm(Norm):
 
 # ------------------------------------------------------------------------------------- other losses
 # For comparison with the hinge. The best D is then, instead of sign(p - q): log(p / q) under the
-# non-saturating loss, p / (p + q) under least squares. Wasserstein's has no such formula.
+# non-saturating loss, p / (p + q) under least squares. Wasserstein's has no such formula. For a new
+# loss, add a line to LOSSES.
 
 def nonsaturating_loss_d(real_logits, fake_logits):
     """Mean -log p(real) - log(1 - p(fake)) with p = sigmoid(logit). Goodfellow et al. 2014."""
@@ -967,8 +970,8 @@ def augment(x, policy, r):
 
 # -------------------------------------------------------------------- singular values (section 4.1)
 # Before a run collapses, the largest singular value sigma_0 of some weights of G, its first layer's
-# above all, grows faster and faster. (Spectral norm divides by it, so images do not show it.) One
-# can watch it, or hold it down.
+# above all, grows faster and faster. (Spectral norm divides by it, so the images do not change with
+# it.) One can watch it, or hold it down.
 
 @torch.no_grad()
 def singular_values(W, k=3):
@@ -1092,7 +1095,7 @@ def moments_of_all(mean, var):
 
 
 def rows_of_standing_batch(batch_size):
-    """This process's part of a batch, if it can be shared equally; or else all of it."""
+    """This process's rows of a batch, or all rows if they cannot be shared equally."""
     if batch_size % processes() == 0:
         return slice(rank(), None, processes())
     return slice(None)
@@ -1124,7 +1127,7 @@ def conv3x3_downsample(x, layer):
 
 def upsample_conv3x3(x, layer):
     """Doubling, then the 3x3 convolution `layer`. x (N, in, H, W) -> (N, out, 2H, 2W)."""
-    # For few pixels, making the large kernel costs more than it saves. (8: measured on a CPU.)
+    # For few pixels, making the large kernel costs more than it saves: measured on a CPU.
     if x.numel() < layer.weight.numel() / 8:
         return layer(upsample(x))
     # A transposed convolution reads its kernel backwards, and wants it as (in, out, 4, 4).

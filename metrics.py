@@ -1,7 +1,7 @@
 """Score generated images against real ones.
 
     python metrics.py --weights runs/cifar10 --data data/cifar10-test       FID, KID, IS, ...
-    python metrics.py --weights runs/cifar10/checkpoints/*.pt --data data/cifar10-test    the best?
+    python metrics.py --weights runs/cifar10/checkpoints/*.pt --data data/cifar10-test    which?
     python metrics.py --weights runs/cifar10 --data data/cifar10-test --trunc 2 1 0.5
     python metrics.py --fake samples.npz --real data/cifar10-test           images of any origin
     python metrics.py --weights runs/shapes --data shapes --inception none  SWD alone
@@ -113,7 +113,7 @@ def mean_of_pairs(k):
 
 
 def precision_recall(real, fake, k=3):
-    """What part of fake points (M, d) is near the real ones (N, d), and the reverse.
+    """What part of fake points (M, d) is near a real one (N, d), and of real ones near a fake one?
 
     A set covers the balls around its points, each as large as the distance to the point's k-th
     nearest neighbour in the set (Kynkaanniemi et al. 2019). Precision falls when images are poor,
@@ -412,7 +412,7 @@ def features_of_data(data, n, inception):
 
 
 def features_of_samples(G, n, seed, inception):
-    """Of n samples, the classes in turn. Image i has the seed seed * n + i, so sets share none."""
+    """Of n samples, the classes in turn. With another --seed, no image is the same."""
     def images(rows):
         return draw_seeds(G, rows % G.config.n_classes, seed * n + rows, G.noise)
 
@@ -427,7 +427,7 @@ def compare(real, fake):
         splits = min(10, len(fake.probs))
         scores["IS"], scores["IS_deviation"] = inception_score(fake.probs, splits)
     if real.kept is not None:
-        half = min(len(real.kept), len(fake.kept)) // 2     # subsets of all would all be the same
+        half = min(len(real.kept), len(fake.kept)) // 2     # of all points there is but one subset
         mean, deviation = kernel_distance(real.kept, fake.kept, size=min(1000, half))
         scores["KID"] = 1000 * mean
         scores["KID_deviation"] = 1000 * deviation
@@ -458,8 +458,8 @@ def parse(arguments):
     check_output(args.out, ".json")
     if args.save_stats:
         check_output(args.save_stats, ".npz")
-        needs_inception = args.inception == "none"
-        require(not needs_inception, "--save-stats needs Inception: leave out --inception none")
+        has_inception = args.inception != "none"
+        require(has_inception, "--save-stats needs Inception: leave out --inception none")
     return args
 
 

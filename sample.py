@@ -12,7 +12,7 @@ has its own number.) So the same seed draws the same image, whatever else is dra
 
 --weights takes a run's folder, a checkpoint, a name (shapes, biggan-deep-128, biggan-deep-256,
 biggan-deep-512), or the path or URL of a file: BigGAN-deep as converted by Hugging Face, or
-G_ema.pth of the paper's author's PyTorch code.
+G_ema.pth of the PyTorch code by the paper's author.
 
 --trunc T has two meanings. In the paper (section 3.1), and for weights trained here, every
 component of the noise z that lies outside [-T, T] is drawn again. For the published BigGAN-deep
@@ -159,7 +159,7 @@ def seeded_noise(seeds, z_dim, noise=truncated_normal):
 
 
 def draw_seeds(G, labels, seeds, noise=truncated_normal):
-    """An image for each label and seed: (N, R, R, 3) uint8, each the same in any company."""
+    """An image for each label and seed, whatever else is drawn: (N, R, R, 3) uint8."""
     z = seeded_noise(seeds, G.config.z_dim, noise)
     return draw(G, z, torch.as_tensor(labels))
 
@@ -431,7 +431,7 @@ PORT_NAMES = r"""
 
 
 def rename(state, patterns):
-    """The tensors of another code under our names, without its stored sigma: u gives that."""
+    """The tensors of another code under our names, without its sigma, which u gives again."""
     renamed = {}
     for name, tensor in state.items():
         for line in patterns.strip().splitlines():
@@ -485,7 +485,7 @@ def from_deep(state):
 
 
 def from_port(state, path):
-    """Weights of the paper's author's PyTorch code: G_ema.pth or G.pth, and D.pth beside it."""
+    """Weights of the PyTorch code by the paper's author: G_ema.pth or G.pth, D.pth beside it."""
     G = rename(state, PORT_NAMES)
     D = None
     beside = path.with_name(re.sub("^G(_ema)?", "D", path.name))
@@ -587,7 +587,7 @@ def checkpoints_of(run_folder):
 
 
 def newest_checkpoint(run_folder):
-    """The newest undamaged checkpoint of a run and its path, or (None, None). Warns of others."""
+    """The newest undamaged checkpoint of a run and its path, or (None, None)."""
     paths = checkpoints_of(run_folder)
     for path in reversed(paths):
         try:
@@ -678,8 +678,8 @@ def report(error):
     else:
         traceback.print_exc()
         return 1
-    # Before the processes have met, all find the same mistake: the first of each machine says it.
-    # Later only those come here that have something to say. Memory may run out on one card alone.
+    # Before `start_processes` all find the same mistake, so the first of each machine says it. Later
+    # the others are silent, see `give_up`. Memory may run out on a single GPU.
     if no_memory or processes() > 1 or LOCAL_RANK == 0:
         print("error:", sentence, file=sys.stderr)
     return 2

@@ -2294,6 +2294,13 @@ def test_continuing_equals_never_stopping(tmp_path):
     assert Image.open(b / "samples/step-00000006.png")
 
 
+def test_the_same_command_again_on_a_finished_run_says_that_it_is_done(tmp_path, capsys):
+    for steps in 4, 4, 2:
+        start(*TINY, f"--out {tmp_path} --steps {steps}")
+        assert "done after 4 steps" in capsys.readouterr().out
+    assert steps_kept(tmp_path) == [2, 4]
+
+
 def kill_again_and_again(folder, kills, options):
     """Kill a run at random moments, and continue it. It must equal a run that was left alone.
 
@@ -2686,6 +2693,7 @@ def test_a_run_from_weights_without_d_continues_without_their_file(tmp_path, cap
     ("--steps 0", "must be at least 1"),
     ("--augment color", "must be some of colour,translation,cutout"),
     ("--g-lr nan", "must be at least 0"),
+    ("--d-lr nan", "must be at least 0"),
     ("--ch 12", "multiple of 8"),
     ("--micro-batch 3", "--micro-batch 3 does not divide --batch 8"),
     ("--sigma-fixed 2 --sigma-ratio 2", "give one of --sigma-fixed and --sigma-ratio"),

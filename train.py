@@ -112,7 +112,7 @@ def add_recipe(add):
     add("--ch", type=int, help="width that channels are multiples of; the model's unless given")
     add("--shared-dim", type=int, help="length of G's class embedding; 0: a table in each layer")
     add("--steps", type=int, default=150_000, help="updates of G")
-    add("--batch", type=int, default=2048, help="real images per update of D; generated ones, too")
+    add("--batch", type=int, default=2048, help="real images per update of D; as many are generated")
     add("--micro-batch", type=int, help="images at a time, if memory is short")
     add("--d-steps", type=int, default=2, help="updates of D per update of G")
     add("--g-lr", type=float, default=5e-5, help="learning rate of G")
@@ -122,7 +122,7 @@ def add_recipe(add):
     add("--loss", default="hinge", choices=LOSSES, help="losses of D and G")
     add("--ortho", type=float, default=1e-4, help="weight of the orthogonal penalty on G")
     add("--ema", type=float, default=0.9999, help="decay of the EMA weights")
-    add("--ema-start", type=int, default=20_000, help="step until which they equal G's")
+    add("--ema-start", type=int, default=20_000, help="step until which EMA weights equal G's")
     add("--flip", type=float, default=0.5, help="probability that a real image is mirrored")
     add("--seed", type=int, default=0, help="of the weights, the noise and the order of the data")
     add("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 if the hardware has it")
@@ -130,8 +130,8 @@ def add_recipe(add):
     add("--augment", default="", help="for few images: colour,translation,cutout or some of them")
     add("--r1", type=float, default=0.0, help="weight of a penalty on D's gradient at real images")
     add("--sigma-fixed", type=float, help="lower G's largest singular values to this (section 4.1)")
-    add("--sigma-ratio", type=float, help="lower them to so many times the second largest")
-    add("--sigma-pull", type=float, default=0.0, help="pull them there, by a penalty so weighted")
+    add("--sigma-ratio", type=float, help="lower them to this many times the second largest")
+    add("--sigma-pull", type=float, default=0.0, help="instead, add a penalty of this weight")
 
 
 def add_conduct(add):
@@ -147,8 +147,8 @@ def add_conduct(add):
     add("--sample-every", type=int, default=1000, help="steps between grids of samples")
     add("--save-every", type=int, default=1000, help="steps between checkpoints")
     add("--keep", type=int, default=3, help="how many of the newest checkpoints remain")
-    add("--keep-every", type=int, default=25_000, help="those of every so many steps remain, too")
-    add("--on-collapse", default="stop", choices=["stop", "warn"], help="if images become alike")
+    add("--keep-every", type=int, default=25_000, help="checkpoints at multiples of this remain")
+    add("--on-collapse", default="stop", choices=["stop", "warn"], help="when G collapses")
 
 
 def make_parser():
@@ -206,7 +206,7 @@ def parse_settings(arguments):
     typed = parser.parse_args(arguments)
     preset = dict(PRESETS[typed.preset])
     if typed.data:
-        preset["held_out"] = None           # the preset's belongs to the preset's data
+        preset["held_out"] = None           # the preset's own belong to the preset's data
     if typed.init:
         preset["ema_start"] = 0             # there are no random weights to forget
     parser.set_defaults(**preset)
@@ -247,9 +247,9 @@ class Trainer:
         self.loss_d, self.loss_g, self.threshold = LOSSES[args.loss]        # see `accuracy`
         self.half = PRECISIONS[args.precision]      # the 16-bit type for autocast, or None
         self.dtype = torch.float64 if args.precision == "fp64" else torch.float32
-        self.rows = rows_of_batch(args.batch, args.micro_batch)     # of each batch, this process's
-        self.micro = args.micro_batch // processes()                # how many of them at a time
-        self.share = self.micro / len(self.rows)    # weight of a micro-batch in the batch's mean
+        self.rows = rows_of_batch(args.batch, args.micro_batch)     # which this process takes
+        self.micro = args.micro_batch // processes()        # images it takes at a time
+        self.share = self.micro / len(self.rows)    # their weight in the mean over all its rows
 
         torch.backends.cudnn.benchmark = True       # all steps have the same shapes
         torch.manual_seed(args.seed)        # the same first weights in every process
@@ -292,7 +292,7 @@ class Trainer:
             with self.autocast(self.half):
                 with torch.no_grad():       # only D learns: no graph through G
                     fake = self.G(batch.z, batch.labels)
-                fake = self.augment(fake, batch)    # the recipe leaves it as it is
+                fake = self.augment_fake(fake, batch)       # the recipe leaves it as it is
                 real_logits, fake_logits = self.discriminate(batch, fake)
             loss = self.loss_d(real_logits, fake_logits)
             penalty = penalties_on_D(self, batch, fake)         # the recipe has none
@@ -309,7 +309,7 @@ class Trainer:
         for batch in self.micro_batches(turn=0):
             with self.autocast(self.half):
                 fake = self.parallel_G(batch.z, batch.labels)
-                fake = self.augment(fake, batch)
+                fake = self.augment_fake(fake, batch)
                 fake_logits = self.D(fake, batch.labels)
             loss = self.loss_g(fake_logits)
             self.backward(loss, self.share)
@@ -324,9 +324,9 @@ class Trainer:
         (They do not mix: D has no batch norm.)"""
         images = torch.cat([batch.real, fake])
         labels = torch.cat([batch.real_labels, batch.labels])
-        return self.parallel_D(images, labels).chunk(2)
+        return self.parallel_D(images, labels).split(len(batch.real))
 
-    def augment(self, fake, batch):
+    def augment_fake(self, fake, batch):
         return augment(fake, self.args.augment, batch.r[:, 0])
 
     def autocast(self, half):
@@ -355,11 +355,12 @@ class Trainer:
         self.log(weight, D_loss=loss, D_penalty=penalty)
 
     def log(self, weight, **values):
+        """Add weight * value to what this step says under each name."""
         for name, value in values.items():
             self.logged[name] += weight * value.detach()
 
     def random_numbers(self, turn):
-        """z, labels, mix and r of this process's rows. turn 0 is G's; 1, 2, ... are D's.
+        """z, labels, mix and r of this process's rows. G has turn 0, and D turns 1 to d_steps.
 
         They depend on the seed, the step and the turn, not on the number of processes: each draws
         those of the whole batch and keeps its own rows. (mix and r are beyond the recipe, for the
@@ -374,7 +375,9 @@ class Trainer:
         return [to_device(numbers[self.rows], self.device) for numbers in (z, labels, mix, r)]
 
     def micro_batches(self, turn, real=None, real_labels=None):
-        """This process's part of the batch, in micro-batches."""
+        """Draw noise and classes, augment real images, and yield both in micro-batches.
+
+        Before the last one, tell DDP to take the mean of the gradients over the processes."""
         z, labels, mix, r = self.random_numbers(turn)
         if real is not None and self.args.loss == "wgan-gp":
             labels = real_labels            # its penalty mixes a real and a generated image
@@ -452,13 +455,13 @@ def train(trainer, data, held_out, args):
     real_batches = batches(data, args, trainer.step, trainer.device)
     references = some_images(data, args.seed, n=64, n_classes=8)
     lines = read_log(args.out, trainer.step)
-    logged = []                             # by the steps since the last line
+    logged = []                             # what each step since the last line has logged
     started = perf_counter()
     saved = trainer.step
+    collapse = None                         # the sign of it, in words
     ending = GO_ON
     while trainer.step < args.steps and ending == GO_ON:
         logged.append(trainer.train_step(real_batches))
-        collapse = None
         if is_due(args.log_every) or is_due(args.eval_every):
             line = {"step": trainer.step, **means_of(logged)}
             stop_if_not_finite(trainer, line)
@@ -545,7 +548,7 @@ def main(arguments):
     newest_step = largest_of_all_processes(trainer.step)
     if largest_of_all_processes(trainer.step != newest_step):
         give_up(f"the processes have read different checkpoints; {args.out} is on no shared disk")
-    del checkpoint, initial                 # which stay mapped, and so on the disk
+    del checkpoint, initial                 # which would keep their files' space on the disk in use
     train(trainer, data, held_out, args)
     stop_processes()
 
@@ -563,8 +566,11 @@ def check_settings(args):
     counts = (args.steps, args.micro_batch, args.d_steps, args.keep, *every)
     weights = (args.g_lr, args.d_lr, args.ortho, args.r1, args.seed)
     require(min(counts) >= 1, "--batch, --steps, --keep and counts of steps must be at least 1")
-    require(min(weights) >= 0, "rates, penalties and --seed must be at least 0")
-    require(args.data, "--data DIR is missing, with one sub-folder of images per class")
+    require(
+        all(weight >= 0 for weight in weights),     # no NaN, either
+        "rates, penalties and --seed must be at least 0",
+    )
+    require(args.data, "--data DIR is missing, a folder with one sub-folder of images per class")
     require(
         args.batch % args.micro_batch == 0,
         f"--micro-batch {args.micro_batch} does not divide --batch {args.batch}",
@@ -590,7 +596,7 @@ def check_settings(args):
 
 
 def model_config(args, n_classes=1):
-    """The architecture that the settings ask for."""
+    """The architecture that the settings ask for. (For any other, add a line to MODELS.)"""
     changes = {"n_classes": n_classes}
     if args.ch is not None:
         changes["ch"] = args.ch
@@ -607,8 +613,8 @@ PRECISIONS = {                              # what autocast computes with
     "fp64": None,
 }
 
-# May differ when a run is continued: these change where and how long it runs, not what it computes.
-# (The folder of --data may have moved. The number of its images and its classes may not change.)
+# These may change when a run is continued: they decide where and how long it runs, not what it
+# computes. (--data may have moved. Its classes and the number of its images may not change.)
 FREE_TO_CHANGE = {
     "data", "out", "held_out", "steps", "workers", "compile", "fused_attention", "on_collapse",
     "log_every", "sample_every", "save_every", "eval_every", "keep", "keep_every",
@@ -618,7 +624,7 @@ FREE_TO_CHANGE = {
 # ---------------------------------------------------------------------------------- beside the step
 
 def penalties_on_D(trainer, batch, fake):
-    """R1 and the gradient penalty, if asked for. -> scalar"""
+    """R1 and the gradient penalty, if asked for. fake: as many images as batch.real. -> scalar"""
     args = trainer.args
     penalty = fake.new_zeros(())
     D = trainer.D.forward                   # not compiled: it is differentiated twice
@@ -706,7 +712,7 @@ def collapse_in(lines):
 
 
 def sign_of_collapse(lines, args):
-    """What `collapse_in` finds, unless it is expected, or to be said only."""
+    """What `collapse_in` finds; None if that is expected, or to be a warning only."""
     if args.g_lr == 0:                      # with G frozen, D is expected to win
         return None
     collapse = collapse_in(lines)
@@ -821,7 +827,7 @@ def show(line, args):
 
 def check_run(out, described):
     """Refuse to continue a run with other settings, and list each difference."""
-    before = vars(make_parser().parse_args([]))     # an option newer than the run had its default
+    before = vars(make_parser().parse_args([]))     # an option that is newer than the run
     before |= json.loads(Path(out, "config.json").read_text())
     changed = []
     for name, value in described.items():
@@ -906,7 +912,7 @@ def catch_signals():
         received.append(number)
 
     for number in STOP_SIGNALS:
-        # Under nohup a closed terminal is to be ignored, and stays so.
+        # nohup has told this process to ignore a closed terminal. That is left as it is.
         if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
             signal.signal(number, note)
     return received
@@ -934,8 +940,8 @@ def give_up(sentence):
 def stop_if_not_finite(trainer, means):
     """Stop before a checkpoint is written that holds a NaN: a network never recovers from one.
 
-    float16 skips single updates as a matter of course, and each halves the loss scale. It has gone
-    wrong when that has become tiny."""
+    float16 skips an update now and then, and each time the loss scale halves. If that has become
+    tiny, it has skipped all of them."""
     wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
     for network in trainer.G, trainer.D, trainer.ema.model:
         for name, tensor in network.state_dict().items():
@@ -960,7 +966,7 @@ def stop_if_not_finite(trainer, means):
 def generator(stream, *numbers):
     """A random generator that depends on the name of the stream and the numbers alone.
 
-    (In a stream there are always as many numbers: trailing zeros would make no difference.)"""
+    (Give one stream the same count of numbers each time: (1,) and (1, 0) are the same to it.)"""
     words = [zlib.crc32(stream.encode()), *numbers]
     state, = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state))
@@ -1144,7 +1150,7 @@ class ImageFolder(DataSet):
     """A folder with one sub-folder of images per class, in sorted order, or of images of one class.
 
     Any type, colour mode and size that Pillow opens. A file that cannot be decoded is named in a
-    warning and replaced by the next one. resolution None: the power of two that fits the first."""
+    warning and replaced by the next. resolution None: the largest power of two in the first."""
 
     def __init__(self, root, resolution):
         folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
@@ -1161,8 +1167,8 @@ class ImageFolder(DataSet):
             )
             files += found
             labels += [label] * len(found)
-        # An array of bytes. A list would be copied into every worker, as reading an object of
-        # Python's changes its count of references.
+        # An array of bytes, which the workers share. A list would be copied into each of them: even
+        # reading a Python object writes to its memory, as references to it are counted there.
         self.paths = np.array(files, dtype=bytes)
         self.labels = np.array(labels)
         self.classes = [folder.name for folder in folders]
