@@ -63,9 +63,9 @@ from torch import nn
 # singular value sigma of a weight matrix W is the most by which W can stretch a vector:
 #     sigma = max |W v|  over all v of length 1
 # A layer that computes with W / sigma makes no vector longer, so a small change of the image can
-# make only a small change of the logit. (The bound is not strict. A 3x3 convolution reads each pixel
-# in nine places. Seen as one long vector, these copies have sqrt(9) = 3 times the length of the
-# image. And a residual block adds two paths.)
+# make only a small change of the logit. (The bound is not strict. A 3x3 convolution reads each
+# pixel in nine places. Seen as one long vector, these copies have sqrt(9) = 3 times the length of
+# the image. And a residual block adds two paths.)
 #
 # G has spectral norm as well. The reason is an observation: SAGAN, the model that BigGAN grew out
 # of (Zhang et al. 2019), trained more steadily with it, as G's weights and gradients cannot grow.

@@ -678,8 +678,8 @@ def report(error):
     else:
         traceback.print_exc()
         return 1
-    # Before `start_processes` all find the same mistake, so the first of each machine says it. Later
-    # the others are silent, see `give_up`. Memory may run out on a single GPU.
+    # Before `start_processes`, all find the same mistake, and the first of each machine says it.
+    # After it, the others are silent, see `give_up`. Memory may run out on a single GPU.
     if no_memory or processes() > 1 or LOCAL_RANK == 0:
         print("error:", sentence, file=sys.stderr)
     return 2

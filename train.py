@@ -112,7 +112,7 @@ def add_recipe(add):
     add("--ch", type=int, help="width that channels are multiples of; the model's unless given")
     add("--shared-dim", type=int, help="length of G's class embedding; 0: a table in each layer")
     add("--steps", type=int, default=150_000, help="updates of G")
-    add("--batch", type=int, default=2048, help="real images per update of D; as many are generated")
+    add("--batch", type=int, default=2048, help="real images per update of D, and generated ones")
     add("--micro-batch", type=int, help="images at a time, if memory is short")
     add("--d-steps", type=int, default=2, help="updates of D per update of G")
     add("--g-lr", type=float, default=5e-5, help="learning rate of G")
