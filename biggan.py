@@ -323,19 +323,12 @@ class ModelConfig:
     d_wide: bool = True                 # D's blocks widen in the first convolution, not the second
 
     def __post_init__(self):
-        doublings = len(self.g_channels) - 1
-        made = 4 * 2**doublings
-        # After which blocks can attention stand?
-        g_sizes = [0] + [8 * 2**i for i in range(doublings)]
-        d_sizes = [0] + [self.resolution // 2**i for i in range(1, self.d_blocks_down + 1)]
-        has_embedding = self.shared_dim > 0
-        require(self.resolution == made, f"g_channels has {doublings} blocks: {made} pixels")
-        require(self.g_attention in g_sizes, f"g_attention must be one of {g_sizes}")
-        require(self.d_attention in d_sizes, f"d_attention must be one of {d_sizes}")
-        require(has_embedding or not self.deep, "deep needs a shared_dim above 0")
-        require(has_embedding or not self.skip_z, "skip_z needs a shared_dim above 0")
+        chunks = len(self.g_channels)
+        made = 4 * 2**(chunks - 1)
+        require(self.resolution == made, f"g_channels makes {made} pixels, not {self.resolution}")
+        if self.deep or self.skip_z:
+            require(self.shared_dim > 0, "deep and skip_z need a shared_dim above 0")
         if self.skip_z:
-            chunks = doublings + 1
             require(self.z_dim % chunks == 0, f"skip_z cuts z into {chunks} equal chunks")
 
     @property
@@ -501,6 +494,8 @@ class Generator(nn.Module):
             if size == config.g_attention:
                 self.attention = SelfAttention(out_channels)
                 self.attention_after = len(self.blocks) - 1
+        found = self.attention_after is not None or config.g_attention == 0
+        require(found, f"g_attention: no block of G makes {config.g_attention} pixels")
         self.output_norm = BatchNorm(channels[-1], config.bn_eps)
         self.to_rgb = SNConv2d(channels[-1], config.rgb_filters, 3)
         initialise(self, config.g_sn_eps)
@@ -592,6 +587,8 @@ class Discriminator(nn.Module):
             if down and size == config.d_attention:
                 self.attention = SelfAttention(out_channels)
                 self.attention_after = len(self.blocks) - 1
+        found = self.attention_after is not None or config.d_attention == 0
+        require(found, f"d_attention: no block of D halves to {config.d_attention} pixels")
         self.linear = SNLinear(channels[-1], 1)
         self.embed = SNEmbedding(config.n_classes, channels[-1])
         initialise(self, config.sn_eps)
@@ -721,16 +718,14 @@ class EMA:
         self.decay = decay
         self.start = start
 
-    @torch.no_grad()
     def update(self, model, step):
         """Take in the weights of `model` after step number `step`, and its buffers, too.
 
         (The average of vectors u is a little short. Power iteration gives it length 1 again.)"""
         newest_weight = 1 - self.decay if step > self.start else 1.0
-        ours = [*self.model.parameters(), *self.model.buffers()]
-        newest = [*model.parameters(), *model.buffers()]
-        for average, value in zip(ours, newest):
-            average.lerp_(value, newest_weight)     # average + newest_weight * (value - average)
+        newest = model.state_dict()
+        for name, average in self.model.state_dict().items():
+            average.lerp_(newest[name], newest_weight)      # += newest_weight * (newest - average)
 
 
 @torch.no_grad()

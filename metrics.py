@@ -371,7 +371,8 @@ def features_of(images, n, inception, what):
     pixels = []
     kept = []
     probs = []
-    sums = torch.zeros(2049, 2048, dtype=torch.float64)
+    total = 0                               # the sum of all features f
+    products = 0                            # and of all f f^T
     for rows in rows_of_this_process(n, 16, what):  # 16 images fit into a CPU's cache
         x = images(rows)
         pixels.append(x[rows < N_PATCHED])
@@ -379,8 +380,8 @@ def features_of(images, n, inception, what):
             continue
         x = torch.from_numpy(x).permute(0, 3, 1, 2)
         f, logits = inception(x.to(inception.fc_bias.device))
-        with_one = torch.cat([torch.ones_like(f[:, :1]), f], 1).double()
-        sums = sums.to(f.device) + with_one.T @ f.double()  # the sum of f, and below it of f f^T
+        total = total + f.double().sum(0)
+        products = products + f.double().T @ f.double()
         # The IS leaves out the last bias, as its authors' code does.
         p = (logits - inception.fc_bias).softmax(1)
         kept.append(f.cpu().numpy()[rows < N_KEPT])
@@ -388,17 +389,16 @@ def features_of(images, n, inception, what):
     pixels = gather_rows(pixels)
     if inception is None:
         return Features(n, pixels=pixels)
-    mu, cov = mean_and_covariance(sums.cpu(), n)
+    mu = sum_over_processes(total) / n
+    cov = (sum_over_processes(products) - n * np.outer(mu, mu)) / (n - 1)
     return Features(n, mu, cov, torch.from_numpy(gather_rows(kept)), gather_rows(probs), pixels)
 
 
-def mean_and_covariance(sums, n):
-    """From this process's sums of f and f f^T, those of all processes."""
+def sum_over_processes(tensor):
+    tensor = tensor.cpu()
     if processes() > 1:
-        dist.all_reduce(sums)
-    mu = sums[0].numpy() / n
-    products = sums[1:].numpy()
-    return mu, (products - n * np.outer(mu, mu)) / (n - 1)
+        dist.all_reduce(tensor)
+    return tensor.numpy()
 
 
 def features_of_data(data, n, inception):

@@ -118,14 +118,14 @@ def interpolate(values, truncation):
 
 
 def read_generator(weights=None):
-    """The EMA generator of these weights, on the GPU if there is one, without a truncation yet."""
+    """A LoadedGenerator that still needs its `set_truncation`, on the GPU if there is one."""
     keep_freed_memory()
     G = LoadedGenerator(read_weights(weights))
     return G.to(pick_device(), memory_format=torch.channels_last)
 
 
 def load_generator(weights=None, truncation=None):
-    """A generator that is ready to draw, as LoadedGenerator says. weights: see --weights above."""
+    """A LoadedGenerator that is ready to draw. weights: what --weights takes; None: the newest."""
     G = read_generator(weights)
     G.set_truncation(truncation)
     return G
@@ -233,27 +233,27 @@ def class_title(classes, k):
 
 def class_indices(wanted, classes):
     """What was typed after --class -> indices. Each is `all`, a number, a name, or a word of it."""
-    names = []                              # of each class: its name, its ImageNet words
+    words = []                              # of each class: its name and its ImageNet words
     for name in classes:
-        words = imagenet_words().get(name, [])
-        names.append([word.lower() for word in (name, *words)])
+        imagenet = imagenet_words().get(name, [])
+        words.append([word.lower() for word in (name, *imagenet)])
     indices = []
     for text in wanted:
         if text.lower() == "all":
             indices += range(len(classes))
         else:
-            indices.append(class_index(text, classes, names))
+            indices.append(class_index(text, classes, words))
     return indices
 
 
-def class_index(text, classes, names):
+def class_index(text, classes, words):
     """The one class that is meant: a class's whole name, or its number, or a word of its name."""
-    word = re.compile(rf"\b{re.escape(text.lower())}\b")
-    found = [k for k, of_class in enumerate(names) if text.lower() in of_class]
+    part = re.compile(rf"\b{re.escape(text.lower())}\b")
+    found = [k for k, of_class in enumerate(words) if text.lower() in of_class]
     if not found:
         found = [k for k in range(len(classes)) if str(k) == text]
     if not found:
-        found = [k for k, of_class in enumerate(names) if word.search(" ".join(of_class))]
+        found = [k for k, of_class in enumerate(words) if part.search(" ".join(of_class))]
     if len(found) != 1:
         if not found:
             found = range(len(classes))
@@ -574,16 +574,14 @@ def find_weights(weights):
 
 def newest_run():
     """The folder in runs/ in which a checkpoint was written last, or None."""
-    paths = list(Path("runs").glob("*/checkpoints/step-*.pt"))
-    if not paths:
-        return None
-    newest = max(paths, key=os.path.getmtime)
-    return newest.parent.parent
+    paths = Path("runs").glob("*/checkpoints/step-*.pt")
+    newest = max(paths, key=os.path.getmtime, default=None)
+    return newest.parent.parent if newest else None
 
 
 def checkpoints_of(run_folder):
     """Paths of a run's checkpoints, oldest first."""
-    return sorted(Path(run_folder, "checkpoints").glob("step-" + 8 * "[0-9]" + ".pt"))
+    return sorted(Path(run_folder, "checkpoints").glob("step-????????.pt"))
 
 
 def newest_checkpoint(run_folder):

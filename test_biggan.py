@@ -444,13 +444,16 @@ def test_table_1_counts_g_and_d_without_the_shared_class_vectors(row, millions):
 @pytest.mark.parametrize("name, changes, message", [
     ("biggan64", {"resolution": 128}, "pixels"),
     ("biggan64", {"z_dim": 128}, "chunks"),
-    ("biggan128", {"g_attention": 48}, "attention"),
+    ("biggan128", {"g_attention": 48}, "g_attention"),
+    ("biggan128", {"d_attention": 48}, "d_attention"),
     ("biggan128", {"shared_dim": 0}, "shared_dim"),
     ("biggan-deep-128", {"shared_dim": 0}, "shared_dim"),
 ])
 def test_a_configuration_that_cannot_work_is_refused(name, changes, message):
-    with pytest.raises(biggan.UserError, match=message):
-        dataclasses.replace(MODELS[name], **changes)
+    with pytest.raises(biggan.UserError, match=message), torch.device("meta"):
+        config = dataclasses.replace(MODELS[name], **changes)
+        Generator(config)
+        Discriminator(config)
 
 
 # ------------------------------------------------------------------------------------- the networks

@@ -76,6 +76,7 @@ from sample import (
     command_line,
     draw_seeds,
     fetch,
+    gather_rows,
     image_grid,
     keep_freed_memory,
     newest_checkpoint,
@@ -93,7 +94,7 @@ from sample import (
 )
 
 try:
-    import fcntl                            # locks files; Windows has no such module
+    import fcntl                        # locks files; Windows has no such module
 except ImportError:
     fcntl = None
 
@@ -104,7 +105,7 @@ except ImportError:
 # ----------------------------------------------------------------------------------------- settings
 # The defaults are the paper's ImageNet run at 128x128.
 
-def add_recipe(add):
+def add_recipe_options(add):
     """The options that decide what is computed. add: a parser's add_argument."""
     add("--data", help="images: a folder with a sub-folder per class, or packed; or shapes")
     add("--init", help="weights to start from, which decide the architecture")
@@ -134,7 +135,7 @@ def add_recipe(add):
     add("--sigma-pull", type=float, default=0.0, help="instead, add a penalty of this weight")
 
 
-def add_conduct(add):
+def add_run_options(add):
     """The options that decide where and how a run goes on."""
     add("--out", help="the run's folder; runs/PRESET unless given")
     add("--pack", help="do not train: decode all images once, into this folder")
@@ -154,15 +155,15 @@ def add_conduct(add):
 def make_parser():
     parser = command_line(__doc__)
     parser.add_argument("--preset", default="imagenet128", choices=PRESETS, help="named settings")
-    add_recipe(parser.add_argument)
-    add_conduct(parser.add_argument)
+    add_recipe_options(parser.add_argument)
+    add_run_options(parser.add_argument)
     return parser
 
 
 SAGAN = dict(model="sagan128", ortho=0.0)
 SMALL_RATES = dict(g_lr=2.5e-5, d_lr=2.5e-5)
 
-PRESETS = {                                 # what differs from the defaults above
+PRESETS = {                             # what differs from the defaults above
     "shapes": dict(
         data="shapes", held_out="shapes", model="shapes32",
         steps=3000, batch=64, d_steps=1, g_lr=2e-4, d_lr=4e-4, beta2=0.99,
@@ -203,19 +204,18 @@ PRESETS = {                                 # what differs from the defaults abo
 def parse_settings(arguments):
     """Command line -> settings: the defaults, then the preset's, then what was typed."""
     parser = make_parser()
+    # The first parsing finds the preset; the second one, below, has the preset's defaults.
     typed = parser.parse_args(arguments)
-    preset = dict(PRESETS[typed.preset])
+    preset = {"out": f"runs/{typed.preset}", **PRESETS[typed.preset]}
     if typed.data:
-        preset["held_out"] = None           # the preset's own belong to the preset's data
+        preset["held_out"] = None       # the preset's own belong to the preset's data
     if typed.init:
-        preset["ema_start"] = 0             # there are no random weights to forget
+        preset["ema_start"] = 0         # there are no random weights to forget
     parser.set_defaults(**preset)
     args = parser.parse_args(arguments)
-    if args.out is None:
-        args.out = f"runs/{args.preset}"
     if args.micro_batch is None:
         args.micro_batch = args.batch
-    if args.init:                           # the weights decide these
+    if args.init:                       # the weights decide these
         args.model = None
         args.ch = None
         args.shared_dim = None
@@ -244,15 +244,18 @@ class Trainer:
         self.config = config
         self.device = device
         self.step = 0
-        self.loss_d, self.loss_g, self.threshold = LOSSES[args.loss]        # see `accuracy`
-        self.half = PRECISIONS[args.precision]      # the 16-bit type for autocast, or None
+        self.loss_d, self.loss_g, self.threshold = LOSSES[args.loss]
+        # The 16-bit type that autocast computes with, or None.
+        self.half = PRECISIONS[args.precision]
         self.dtype = torch.float64 if args.precision == "fp64" else torch.float32
-        self.rows = rows_of_batch(args.batch, args.micro_batch)     # which this process takes
-        self.micro = args.micro_batch // processes()        # images it takes at a time
-        self.share = self.micro / len(self.rows)    # their weight in the mean over all its rows
+        # Which rows of a batch this process takes, how many of them at a time, and the weight of a
+        # micro-batch in the mean over all of them.
+        self.rows = rows_of_batch(args.batch, args.micro_batch)
+        self.micro = args.micro_batch // processes()
+        self.share = self.micro / len(self.rows)
 
         torch.backends.cudnn.benchmark = True       # all steps have the same shapes
-        torch.manual_seed(args.seed)        # the same first weights in every process
+        torch.manual_seed(args.seed)    # the same first weights in every process
         self.G = Generator(config)
         self.D = Discriminator(config)
         for network in self.G, self.D:
@@ -286,11 +289,11 @@ class Trainer:
 
     def step_D(self, real, real_labels, turn):
         """One update of D. Half of what it sees is real, half is generated."""
-        self.D.requires_grad_(True)         # step_G has frozen it
+        self.D.requires_grad_(True)     # step_G has frozen it
         self.opt_D.zero_grad()
         for batch in self.micro_batches(turn, real, real_labels):
             with self.autocast(self.half):
-                with torch.no_grad():       # only D learns: no graph through G
+                with torch.no_grad():   # only D learns: no graph through G
                     fake = self.G(batch.z, batch.labels)
                 fake = self.augment_fake(fake, batch)       # the recipe leaves it as it is
                 real_logits, fake_logits = self.discriminate(batch, fake)
@@ -305,7 +308,7 @@ class Trainer:
         """One update of G. The gradient flows back through D, whose weights do not move."""
         self.D.requires_grad_(False)
         self.opt_G.zero_grad()
-        penalise_weights_of_G(self)         # the recipe: orthogonal regularisation
+        penalise_weights_of_G(self)     # the recipe: orthogonal regularisation
         for batch in self.micro_batches(turn=0):
             with self.autocast(self.half):
                 fake = self.parallel_G(batch.z, batch.labels)
@@ -316,7 +319,7 @@ class Trainer:
             self.log(self.share, G_loss=loss)
         gradient_norm = self.update(self.G, self.opt_G)
         self.log(1, G_grad=gradient_norm)
-        clamp_weights_of_G(self)            # the recipe does not
+        clamp_weights_of_G(self)        # the recipe does not
 
     def discriminate(self, batch, fake):
         """D's logits for real and generated images, in one call: a large batch is faster.
@@ -350,7 +353,8 @@ class Trainer:
         return norm
 
     def log_D(self, real_logits, fake_logits, loss, penalty):
-        weight = self.share / self.args.d_steps     # the mean over micro-batches and turns
+        # The log has the mean over micro-batches and turns.
+        weight = self.share / self.args.d_steps
         self.log(weight, D_real=real_logits.mean(), D_fake=fake_logits.mean())
         self.log(weight, D_loss=loss, D_penalty=penalty)
 
@@ -380,7 +384,7 @@ class Trainer:
         Before the last one, tell DDP to take the mean of the gradients over the processes."""
         z, labels, mix, r = self.random_numbers(turn)
         if real is not None and self.args.loss == "wgan-gp":
-            labels = real_labels            # its penalty mixes a real and a generated image
+            labels = real_labels        # its penalty mixes a real and a generated image
         for first in range(0, len(self.rows), self.micro):
             part = slice(first, first + self.micro)
             batch = MicroBatch(z[part], labels[part], mix[part], r[part])
@@ -389,7 +393,8 @@ class Trainer:
                 batch.real_labels = real_labels[part]
             is_last = part.stop == len(self.rows)
             for network in self.parallel_G, self.parallel_D:
-                network.require_backward_grad_sync = is_last    # what DDP's no_sync() sets, too
+                # DDP takes the mean if this is True. (Its no_sync() sets the same.)
+                network.require_backward_grad_sync = is_last
             yield batch
 
     # What a checkpoint holds.
@@ -417,19 +422,19 @@ class Trainer:
 @dataclass
 class MicroBatch:
     """What goes through the networks at once: n images of this process."""
-    z: torch.Tensor                         # (n, z_dim)
-    labels: torch.Tensor                    # (n,): classes of the generated images
-    mix: torch.Tensor                       # (n,): for `gradient_penalty`
-    r: torch.Tensor                         # (n, 2, 3, 3): for `augment`
-    real: torch.Tensor = None               # (n, 3, R, R), as D sees them
-    real_labels: torch.Tensor = None        # (n,)
+    z: torch.Tensor                     # (n, z_dim)
+    labels: torch.Tensor                # (n,): classes of the generated images
+    mix: torch.Tensor                   # (n,): for `gradient_penalty`
+    r: torch.Tensor                     # (n, 2, 3, 3): for `augment`
+    real: torch.Tensor = None           # (n, 3, R, R), as D sees them
+    real_labels: torch.Tensor = None    # (n,)
 
 
 def in_parallel(network):
     """The network, with gradients that are averaged over the processes."""
     if processes() == 1:
         return network
-    # A harmless warning, about strides of 1x1 kernels.
+    # DDP warns of strides of 1x1 kernels, which does no harm.
     warnings.filterwarnings("ignore", "Grad strides do not match|.*broadcast_buffers")
     # broadcast_buffers: u and running averages are the same in all processes, and need not be sent.
     return DistributedDataParallel(
@@ -438,11 +443,6 @@ def in_parallel(network):
 
 
 # ----------------------------------------------------------------------------------------- the loop
-
-GO_ON = 0
-STOP_REQUESTED = 1
-COLLAPSED = 2
-
 
 def train(trainer, data, held_out, args):
     """Train until all steps are done, a signal asks to stop, or G collapses."""
@@ -455,12 +455,12 @@ def train(trainer, data, held_out, args):
     real_batches = batches(data, args, trainer.step, trainer.device)
     references = some_images(data, args.seed, n=64, n_classes=8)
     lines = read_log(args.out, trainer.step)
-    logged = []                             # what each step since the last line has logged
+    logged = []                         # what each step since the last line has logged
     started = perf_counter()
     saved = trainer.step
-    collapse = None                         # the sign of it, in words
-    ending = GO_ON
-    while trainer.step < args.steps and ending == GO_ON:
+    # What the first process has seen of a collapse, in words.
+    collapse = None
+    while trainer.step < args.steps:
         logged.append(trainer.train_step(real_batches))
         if is_due(args.log_every) or is_due(args.eval_every):
             line = {"step": trainer.step, **means_of(logged)}
@@ -481,23 +481,17 @@ def train(trainer, data, held_out, args):
         if is_due(args.save_every) and not collapse:
             if save_checkpoint(trainer, data.classes, args):
                 saved = trainer.step
-        ending = STOP_REQUESTED if signals else GO_ON
-        if collapse:                        # known to the first process alone
-            ending = COLLAPSED
-        ending = largest_of_all_processes(ending)       # all end in the same way
-    finish(trainer, data.classes, args, saved, ending, collapse)
+        if in_any_process(signals or collapse):
+            break
 
-
-def finish(trainer, classes, args, saved, ending, collapse):
-    """Save what is not saved, and say how the run has ended."""
-    if ending == COLLAPSED:
+    if in_any_process(collapse):
         give_up(
             f"collapse at step {trainer.step}: {collapse}. The last step saved is {saved}; "
             f"metrics.py --weights {args.out}/checkpoints/*.pt says which is best"
         )
-    if saved < trainer.step and not save_checkpoint(trainer, classes, args):
+    if saved < trainer.step and not save_checkpoint(trainer, data.classes, args):
         raise UserError(f"step {trainer.step} is not saved; make room, then type the same command")
-    how = "stopped" if ending == STOP_REQUESTED else "done"
+    how = "done" if trainer.step >= args.steps else "stopped"
     say(f"\n{how} after {trainer.step} steps; the same command continues, also with more --steps")
 
 
@@ -537,18 +531,20 @@ def main(arguments):
     described = {**vars(args), "images": len(data), "classes": data.classes}
     if checkpoint:
         check_run(args.out, described)
+    # Until here every process finds the same mistakes by itself. From here on they are together.
     start_processes()
-    lock = prepare_folder(args.out, described)      # kept open: closing it would release the lock
+    # The file stays open, as closing it would release the lock.
+    lock = prepare_folder(args.out, described)
     trainer = Trainer(args, config, device)
     if checkpoint:
         trainer.load_state_dict(checkpoint)
         say(f"continuing {args.out} from step {trainer.step}")
     elif initial:
         start_from(trainer, initial, data.classes)
-    newest_step = largest_of_all_processes(trainer.step)
-    if largest_of_all_processes(trainer.step != newest_step):
+    if len(set(gather_rows([[trainer.step]]))) > 1:
         give_up(f"the processes have read different checkpoints; {args.out} is on no shared disk")
-    del checkpoint, initial                 # which would keep their files' space on the disk in use
+    # These map their files, and so would keep deleted ones on the disk.
+    del checkpoint, initial
     train(trainer, data, held_out, args)
     stop_processes()
 
@@ -605,7 +601,7 @@ def model_config(args, n_classes=1):
     return dataclasses.replace(MODELS[args.model], **changes)
 
 
-PRECISIONS = {                              # what autocast computes with
+PRECISIONS = {                          # what autocast computes with
     "auto": None,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -616,8 +612,20 @@ PRECISIONS = {                              # what autocast computes with
 # These may change when a run is continued: they decide where and how long it runs, not what it
 # computes. (--data may have moved. Its classes and the number of its images may not change.)
 FREE_TO_CHANGE = {
-    "data", "out", "held_out", "steps", "workers", "compile", "fused_attention", "on_collapse",
-    "log_every", "sample_every", "save_every", "eval_every", "keep", "keep_every",
+    "data",
+    "out",
+    "held_out",
+    "steps",
+    "workers",
+    "compile",
+    "fused_attention",
+    "on_collapse",
+    "log_every",
+    "sample_every",
+    "save_every",
+    "eval_every",
+    "keep",
+    "keep_every",
 }
 
 
@@ -627,12 +635,13 @@ def penalties_on_D(trainer, batch, fake):
     """R1 and the gradient penalty, if asked for. fake: as many images as batch.real. -> scalar"""
     args = trainer.args
     penalty = fake.new_zeros(())
-    D = trainer.D.forward                   # not compiled: it is differentiated twice
-    half = None if args.precision == "fp16" else trainer.half       # float16 would underflow
+    D = trainer.D.forward               # not compiled: it is differentiated twice
+    # In float16 a penalty would underflow.
+    half = None if args.precision == "fp16" else trainer.half
     with trainer.autocast(half):
         if args.r1:
             penalty = penalty + args.r1 * r1_penalty(D, batch.real, batch.real_labels)
-        if args.loss == "wgan-gp":          # 10: the paper's lambda
+        if args.loss == "wgan-gp":      # 10: the paper's lambda
             distance = gradient_penalty(D, batch.real, fake, batch.labels, batch.mix)
             penalty = penalty + 10 * distance
     return penalty
@@ -682,10 +691,10 @@ def take_over(network, state, same_classes):
 # Sooner or later a GAN collapses: within some hundred steps its images become few, or poor, and
 # stay so (section 4). Then one stops, and uses earlier weights. The margins come from healthy runs.
 
-WINDOW_STEPS = 150                          # what the newest lines say is averaged over these
-MIN_DIVERSITY = 0.6                         # of the best so far; less: the images have become alike
-MIN_D_LOSS = 0.02                           # less: D has won
-MAX_GROWTH = 2                              # of sigma_0 in the window; more: it explodes
+WINDOW_STEPS = 150                      # how many steps back the means of newest lines reach
+MIN_DIVERSITY = 0.6                     # of the best so far; less: the images have become alike
+MIN_D_LOSS = 0.02                       # less: D has won
+MAX_GROWTH = 2                          # of sigma_0 in the window; more: it explodes
 
 
 def collapse_in(lines):
@@ -703,7 +712,7 @@ def collapse_in(lines):
     if diversity < MIN_DIVERSITY * best:
         change = f"diversity {diversity:.2f}, before {best:.2f}"
         return f"images of one class have become alike: {change}"
-    if 0 <= D_loss < MIN_D_LOSS:            # below 0: Wasserstein's, which is no such sign
+    if 0 <= D_loss < MIN_D_LOSS:        # below 0: Wasserstein's, which is no such sign
         return f"D is never wrong any more: its loss is {D_loss:.4f}"
     if sigmas[-1] > MAX_GROWTH * min(sigmas):
         growth = f"from {min(sigmas):.3g} to {sigmas[-1]:.3g}"
@@ -713,7 +722,7 @@ def collapse_in(lines):
 
 def sign_of_collapse(lines, args):
     """What `collapse_in` finds; None if that is expected, or to be a warning only."""
-    if args.g_lr == 0:                      # with G frozen, D is expected to win
+    if args.g_lr == 0:                  # with G frozen, D is expected to win
         return None
     collapse = collapse_in(lines)
     if collapse and args.on_collapse == "warn":
@@ -805,7 +814,8 @@ def evaluate(trainer, data, held_out, args):
         for name, layer in matrix_layers(network).items():
             sigma[f"{letter}.{name}"] = singular_values(layer.weight).tolist()
     found = {"sigma": sigma}
-    if held_out and args.loss != "wgan-gp":     # whose logits mean nothing by themselves
+    # (Of Wasserstein's logits only differences mean anything.)
+    if held_out and args.loss != "wgan-gp":
         for name, images in ("D_accuracy", data), ("D_accuracy_held_out", held_out):
             found[name] = accuracy(trainer, *some_images(images, args.seed, 512, 64))
     return found
@@ -827,7 +837,8 @@ def show(line, args):
 
 def check_run(out, described):
     """Refuse to continue a run with other settings, and list each difference."""
-    before = vars(make_parser().parse_args([]))     # an option that is newer than the run
+    # What the run has not recorded, as the option is newer, had its default.
+    before = vars(make_parser().parse_args([]))
     before |= json.loads(Path(out, "config.json").read_text())
     changed = []
     for name, value in described.items():
@@ -863,7 +874,8 @@ def surviving(path):
     """A full disk, or a folder that has become unwritable, costs a warning, not the run."""
     try:
         yield
-    except (OSError, RuntimeError) as error:        # torch reports a failed write as a RuntimeError
+    # (torch reports a failed write as a RuntimeError.)
+    except (OSError, RuntimeError) as error:
         warn(f"{path} could not be written ({error}); the run goes on without it")
 
 
@@ -919,15 +931,17 @@ def catch_signals():
 
 
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):               # a closed terminal; not on Windows
+if hasattr(signal, "SIGHUP"):           # a closed terminal; not on Windows
     STOP_SIGNALS.append(signal.SIGHUP)
 
 
-def largest_of_all_processes(number):
+def in_any_process(condition):
+    """Does the condition hold in any process? All must ask, and all get the same answer."""
+    # The tensor is on the CPU, so that the GPU is not waited for.
+    holds = torch.tensor(int(bool(condition)))
     if processes() > 1:
-        number = torch.tensor(int(number))  # on the CPU: the GPU is not waited for
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
+        dist.all_reduce(holds, dist.ReduceOp.MAX)
+    return bool(holds)
 
 
 def give_up(sentence):
@@ -999,7 +1013,7 @@ def in_order(length, batch, position, seed, rows):
 def batches(data, args, step, device):
     """This process's real images from `step` on, without end: (N, 3, R, R) and labels (N,)."""
     rows = rows_of_batch(args.batch, args.micro_batch)
-    first = step * args.d_steps             # how many batches the run has used
+    first = step * args.d_steps         # how many batches the run has used
     on_gpu = device.type == "cuda"
     workers = args.workers
     if workers is None:
@@ -1012,7 +1026,7 @@ def batches(data, args, step, device):
         worker_init_fn=ignore_signals,
     )
     for number, (images, labels) in enumerate(loader, start=first):
-        x = to_network(images, device)      # (N, 3, R, R)
+        x = to_network(images, device)  # (N, 3, R, R)
         mirror = generator("mirror", args.seed, number)
         mirrored = torch.rand(args.batch, generator=mirror)[rows] < args.flip
         mirrored = to_device(mirrored, device).view(-1, 1, 1, 1)
@@ -1104,7 +1118,8 @@ class Arrays(DataSet):
         self.resolution = images.shape[1]
 
     def __getitem__(self, i):
-        return np.array(self.images[i]), int(self.labels[i])    # a copy, which may be written to
+        # np.array makes a copy, which may be written to.
+        return np.array(self.images[i]), int(self.labels[i])
 
 
 class Packed(Arrays):
@@ -1124,13 +1139,14 @@ def pack(data, folder, workers=0):
     """Decode a data set once, into a packed folder. If it is interrupted, start again."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    interrupted = {"images.npy", "packed.json.tmp"}         # what an earlier attempt may have left
+    # An interrupted attempt may have left these.
+    interrupted = {"images.npy", "packed.json.tmp"}
     others = {path.name for path in folder.iterdir()} - interrupted
     require(not others, f"{folder} holds other files, or is packed already; choose another")
     shape = (len(data), data.resolution, data.resolution, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     loader = torch.utils.data.DataLoader(data, batch_size=64, num_workers=workers)
-    data[0]                                 # if no image can be read, the error comes here
+    data[0]                             # if no image can be read, the error comes here
     labels = []
     with open(folder / "images.npy", "wb") as f:
         np.lib.format.write_array_header_1_0(f, header)
@@ -1209,7 +1225,7 @@ def resolution_of(path):
     return 2**int(math.log2(min(size)))
 
 
-Image.MAX_IMAGE_PIXELS = None               # the user's own files may have any size
+Image.MAX_IMAGE_PIXELS = None           # the user's own files may have any size
 
 
 def load_image(path, resolution):
@@ -1218,7 +1234,7 @@ def load_image(path, resolution):
         # A large JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster.
         image.draft(None, (2 * resolution, 2 * resolution))
         image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":           # 16-bit grey, which Pillow would clip to white
+        if image.mode[0] in "IF":       # 16-bit grey, which Pillow would clip to white
             raise ValueError("its pixels have more than 8 bits per colour")
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
@@ -1297,10 +1313,11 @@ class Shapes(DataSet):
 def shape_mask(k):
     """Shape k, white on black, 88 pixels wide."""
     lines = [line.split()[k] for line in DRAWN.strip().splitlines()]
-    cells = np.array([list(line) for line in lines]) == "#"         # (9, 9), with stairs for slopes
+    # (9, 9) cells: slopes are stairs. A blur of half a cell makes them slopes again.
+    cells = np.array([list(line) for line in lines]) == "#"
     mask = Image.fromarray(np.pad(np.uint8(255 * cells), 1))
     mask = mask.resize((88, 88), Image.Resampling.BICUBIC)
-    mask = mask.filter(ImageFilter.GaussianBlur(4))     # half a cell: stairs become slopes
+    mask = mask.filter(ImageFilter.GaussianBlur(4))
     return mask.point(lambda value: 255 if value > 127 else 0)
 
 
