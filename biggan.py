@@ -31,11 +31,11 @@ exponential moving average (EMA) of G's weights. Samples are drawn with it; it i
 Paper: Brock, Donahue, Simonyan, "Large Scale GAN Training for High Fidelity Natural Image
 Synthesis", ICLR 2019, arXiv:1809.11096. "Section 3.1", "table 4" and so on refer to it.
 
-How to read this file. Part 1 is the recipe, an evening's reading together with part 1 of the
-other scripts: spectral norm, batch norm and attention, then the networks built from them, the
-loss and the penalty, and what makes good samples. Part 2 is what BigGAN at 128 pixels does not
-need: deeper blocks, other losses, penalties on D, augmentation. Part 3 computes the same numbers
-faster, or on many GPUs.
+How to read this file. Part 1, some 700 lines, is the recipe, and with part 1 of the other scripts
+(train.py 500, sample.py 250, metrics.py 250 lines) an evening's reading: spectral norm, batch norm
+and attention, then the networks built from them, the loss and the penalty, and what makes good
+samples. Part 2 is what BigGAN at 128 pixels does not need: deeper blocks, other losses, penalties
+on D, augmentation. Part 3 computes the same numbers faster, or on many GPUs.
 
 Shapes: N images, C channels (the width of a layer), H x W pixels, R the image's resolution.
 Training may run under autocast, which computes convolutions and matrix products in 16 bits;

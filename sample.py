@@ -23,8 +23,8 @@ Batch norm's mean and var must be those of the same noise. BigGAN-deep's weights
 all T. The author's weights, and files that --export wrote, have those of noise without truncation.
 In all other cases they are measured at the start, on 1,024 images.
 
-How to read this file. Part 1: from weights to pictures. Part 2: where weights come from, and how
-those of others are renamed. Part 3: what all commands share: errors, files, processes."""
+How to read this file. Part 1: from weights to pictures. Part 2: classes and their names, other
+things to draw, and where weights come from. Part 3: what all commands share."""
 
 import argparse
 import ctypes
@@ -185,81 +185,9 @@ def seed_rows(G, classes, n, seed, truncations):
     images = []
     for truncation in truncations:
         G.set_truncation(truncation)
-        say(f"drawing {titles}, truncation {truncation}")
+        say("drawing", titles, "" if truncation is None else f"with truncation {truncation}")
         images.append(draw_seeds(G, labels, seeds, G.noise))
     return np.concatenate(images)
-
-
-def interpolation_rows(G, classes, n, seed):
-    """Rows from one image to another: the noise changes, the class does, both do (figure 8)."""
-    require(
-        len(classes) == 2 and G.config.shared_dim > 0,
-        "interpolation needs two classes, --class A B (and no SAGAN or SN-GAN)",
-    )
-    say("drawing one row in which the noise changes, one in which the class does, one with both")
-    t = torch.linspace(0, 1, n)[:, None]    # (n, 1)
-    first_z, last_z = seeded_noise([seed, seed + 1], G.config.z_dim, G.noise)
-    z = torch.lerp(first_z, last_z, t)      # (n, z_dim)
-    # A mean of two independent vectors is shorter than either. This keeps their length.
-    z = z / (t**2 + (1 - t)**2).sqrt()
-    first_y, last_y = G.shared.weight[classes].cpu()
-    y = torch.lerp(first_y, last_y, t)      # (n, shared_dim)
-    same_z = z[:1].expand_as(z)
-    same_y = y[:1].expand_as(y)
-    return draw(G, torch.cat([z, same_z, z]), torch.cat([same_y, y, y]))
-
-
-# ------------------------------------------------------------------------------------------ classes
-
-@cache
-def imagenet_words():
-    """WordNet's number of each ImageNet class -> its words, in the order of the class indices."""
-    lines = Path(HERE, "docs/imagenet.txt").read_text().splitlines()
-    return {line[:9]: line[10:].split(", ") for line in lines if line[0] != "#"}
-
-
-def class_names(n):
-    """Names of the classes of weights that have none: ImageNet's, or numbers."""
-    if n == 1000:
-        return list(imagenet_words())
-    return [str(k) for k in range(n)]
-
-
-def class_title(classes, k):
-    """Such as "golden retriever (207)"."""
-    words = imagenet_words().get(classes[k], [classes[k]])
-    return f"{words[0]} ({k})"
-
-
-def class_indices(wanted, classes):
-    """What was typed after --class -> indices. Each is `all`, a number, a name, or a word of it."""
-    words = []                              # of each class: its name and its ImageNet words
-    for name in classes:
-        imagenet = imagenet_words().get(name, [])
-        words.append([word.lower() for word in (name, *imagenet)])
-    indices = []
-    for text in wanted:
-        if text.lower() == "all":
-            indices += range(len(classes))
-        else:
-            indices.append(class_index(text, classes, words))
-    return indices
-
-
-def class_index(text, classes, words):
-    """The one class that is meant: a class's whole name, or its number, or a word of its name."""
-    part = re.compile(rf"\b{re.escape(text.lower())}\b")
-    found = [k for k, of_class in enumerate(words) if text.lower() in of_class]
-    if not found:
-        found = [k for k in range(len(classes)) if str(k) == text]
-    if not found:
-        found = [k for k, of_class in enumerate(words) if part.search(" ".join(of_class))]
-    if len(found) != 1:
-        if not found:
-            found = range(len(classes))
-        titles = ", ".join(class_title(classes, k) for k in found[:20])
-        raise UserError(f"--class {text} must be one of {len(classes)}, a number or name: {titles}")
-    return found[0]
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -342,6 +270,84 @@ def make_sheet(G, classes, args):
     return image_grid(images, columns)
 
 
+# ==================================================================================================
+# Part 2: classes, other things to draw, and where weights come from
+# ==================================================================================================
+
+# ------------------------------------------------------------------------------------------ classes
+
+@cache
+def imagenet_words():
+    """WordNet's number of each ImageNet class -> its words, in the order of the class indices."""
+    lines = Path(HERE, "docs/imagenet.txt").read_text().splitlines()
+    return {line[:9]: line[10:].split(", ") for line in lines if line[0] != "#"}
+
+
+def class_names(n):
+    """Names of the classes of weights that have none: ImageNet's, or numbers."""
+    if n == 1000:
+        return list(imagenet_words())
+    return [str(k) for k in range(n)]
+
+
+def class_title(classes, k):
+    """Such as "golden retriever (207)"."""
+    words = imagenet_words().get(classes[k], [classes[k]])
+    return f"{words[0]} ({k})"
+
+
+def class_indices(wanted, classes):
+    """What was typed after --class -> indices. Each is `all`, a number, a name, or a word of it."""
+    words = []                              # of each class: its name and its ImageNet words
+    for name in classes:
+        imagenet = imagenet_words().get(name, [])
+        words.append([word.lower() for word in (name, *imagenet)])
+    indices = []
+    for text in wanted:
+        if text.lower() == "all":
+            indices += range(len(classes))
+        else:
+            indices.append(class_index(text, classes, words))
+    return indices
+
+
+def class_index(text, classes, words):
+    """The one class that is meant: a class's whole name, or its number, or a word of its name."""
+    part = re.compile(rf"\b{re.escape(text.lower())}\b")
+    found = [k for k, of_class in enumerate(words) if text.lower() in of_class]
+    if not found:
+        found = [k for k in range(len(classes)) if str(k) == text]
+    if not found:
+        found = [k for k, of_class in enumerate(words) if part.search(" ".join(of_class))]
+    if len(found) != 1:
+        if not found:
+            found = range(len(classes))
+        titles = ", ".join(class_title(classes, k) for k in found[:20])
+        raise UserError(f"--class {text} must be one of {len(classes)}, a number or name: {titles}")
+    return found[0]
+
+
+# ----------------------------------------------------------------------------- other things to draw
+
+def interpolation_rows(G, classes, n, seed):
+    """Rows from one image to another: the noise changes, the class does, both do (figure 8)."""
+    require(
+        len(classes) == 2 and G.config.shared_dim > 0,
+        "interpolation needs two classes, --class A B (and no SAGAN or SN-GAN)",
+    )
+    say("drawing one row in which the noise changes, one in which the class does, one with both")
+    t = torch.linspace(0, 1, n)[:, None]    # (n, 1)
+    first_z, last_z = seeded_noise([seed, seed + 1], G.config.z_dim, G.noise)
+    z = torch.lerp(first_z, last_z, t)      # (n, z_dim)
+    # A mean of two independent vectors is shorter than either. This keeps their length.
+    z = z / (t**2 + (1 - t)**2).sqrt()
+    first_y, last_y = G.shared.weight[classes].cpu()
+    y = torch.lerp(first_y, last_y, t)      # (n, shared_dim)
+    same_z = z[:1].expand_as(z)
+    same_y = y[:1].expand_as(y)
+    return draw(G, torch.cat([z, same_z, z]), torch.cat([same_y, y, y]))
+
+
 def write_npz(G, classes, n, seed, out):
     """n images, the classes in turn: arr_0 (n, R, R, 3) uint8, arr_1 (n,). All processes draw."""
     labels = np.resize(classes, n)
@@ -371,9 +377,7 @@ def export(weights, out):
     save_atomically(out, lambda f: torch.save(content, f))
 
 
-# ==================================================================================================
-# Part 2: where weights come from
-# ==================================================================================================
+# ------------------------------------------------------------------------------------------ weights
 
 @dataclass
 class Weights:

@@ -453,7 +453,7 @@ def train(trainer, data, held_out, args):
 
     signals = catch_signals()
     real_batches = batches(data, args, trainer.step, trainer.device)
-    references = some_images(data, args.seed, n=64, n_classes=8)
+    real_examples = some_images(data, args.seed, n=64, n_classes=8)
     lines = read_log(args.out, trainer.step)
     logged = []                         # what each step since the last line has logged
     started = perf_counter()
@@ -467,7 +467,7 @@ def train(trainer, data, held_out, args):
             stop_if_not_finite(trainer, line)
             line["seconds_per_step"] = (perf_counter() - started) / len(logged)
             if rank() == 0:
-                line["diversity"] = diversity(trainer, *references)
+                line["diversity"] = diversity(trainer, *real_examples)
                 line["sigma_0"] = singular_values(trainer.G.linear.weight, 1).item()
                 if is_due(args.eval_every):
                     line |= evaluate(trainer, data, held_out, args)
