@@ -63,12 +63,12 @@ from torch import nn
 # singular value sigma of a weight matrix W is the most by which W can stretch a vector:
 #     sigma = max |W v|  over all v of length 1
 # A layer that computes with W / sigma makes no vector longer, so a small change of the image can
-# make only a small change of the logit. (The bound is not strict. A 3x3 convolution reads each
-# pixel in nine places. Seen as one long vector, these copies have sqrt(9) = 3 times the length of
-# the image. And a residual block adds two paths.)
+# make only a small change of the logit. (The bound is not strict: a 3x3 convolution reads each
+# pixel nine times, and may stretch an image by up to 3, and a residual block adds two paths.)
 #
-# G has spectral norm as well. The reason is an observation: SAGAN, the model that BigGAN grew out
-# of (Zhang et al. 2019), trained more steadily with it, as G's weights and gradients cannot grow.
+# G has spectral norm as well. The evidence for that is practical: SAGAN, the model that BigGAN grew
+# out of (Zhang et al. 2019), trained more steadily with it. However large G's weights become, what
+# G computes with, W / sigma, keeps its size, and so do its outputs and gradients.
 #
 # Power iteration finds sigma. Starting from any vector u, repeat
 #     v = W^T u / |W^T u|
@@ -148,7 +148,7 @@ class SNEmbedding(nn.Embedding):
 
 
 def matrix_layers(network):
-    """Name -> layer, for all layers of the three classes above. (G's class embedding is none.)"""
+    """Name -> layer, for all layers of the three classes above. (Not G's class embedding.)"""
     kinds = (SNConv2d, SNLinear, SNEmbedding)
     return {name: m for name, m in network.named_modules() if isinstance(m, kinds)}
 
@@ -187,15 +187,16 @@ class Norm(nn.Module):
         else:
             mean = self.running_mean
             var = self.running_var
-        # The formula above, sorted as factor * x + offset: one pass over x. Both are rounded to x's
-        # 16 bits, and offset is computed from the rounded factor: x = mean still gives the bias.
+        # The formula above, written as offset + factor * x, so that one pass over x is enough.
+        # Under autocast both are rounded to 16 bits. offset is computed from the rounded factor, so
+        # that the error of the rounding cancels where x = mean.
         factor = (gain * torch.rsqrt(var + self.eps)).to(x.dtype)       # (C,) or (N, C)
         offset = (bias - mean * factor).to(x.dtype)                     # (C,) or (N, C)
         return torch.addcmul(per_channel(offset), x, per_channel(factor))
 
     @torch.no_grad()
     def update_running_averages(self, mean, var, x):
-        """Take in the moments of a batch; the variance without its bias, as nn.BatchNorm2d does."""
+        """Take in the moments of a batch; of the variance sum / (n - 1), as nn.BatchNorm2d does."""
         n = processes() * x.numel() // x.shape[1]   # numbers per channel, over all GPUs
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(var * n / (n - 1), self.momentum)
@@ -281,8 +282,8 @@ def attention(query, key, value):
 
     (N, L, E), (N, M, E), (N, M, V) -> (N, L, V)"""
     scores = query @ key.mT                         # (N, L, M)
-    # Autocast would return the softmax, the largest tensor of all, in float32. Without it the
-    # result has 16 bits; the sums inside are taken in float32 anyway.
+    # Autocast would return the softmax, the largest tensor of all, in float32. With autocast off it
+    # has 16 bits. (The sums inside are taken in float32 anyway.)
     with torch.autocast(scores.device.type, enabled=False):
         weights = scores.softmax(-1)                # (N, L, M): each row sums to 1
     return weights @ value
@@ -315,20 +316,21 @@ class ModelConfig:
     d_attention: int = 64               # the same for D
     shared_dim: int = 128               # length of the class embedding that all of G's blocks share
     skip_z: bool = True                 # each block gets its own chunk of z (section 3)
-    sn_eps: float = 1e-4                # in D's spectral norm; None switches it off
-    g_sn_eps: float = 1e-4              # in G's
-    bn_eps: float = 1e-4                # in batch norm; all as in appendix C, for low precision
+    sn_eps: float = 1e-4                # in spectral norm, of D alone; None switches it off
+    g_sn_eps: float = 1e-4              # in spectral norm of G; None switches it off
+    bn_eps: float = 1e-4                # in batch norm. All three are appendix C's, for 16 bits
     deep: bool = False                  # BigGAN-deep (part 2): two blocks for each of the channels
-    rgb_filters: int = 3                # of G's last layer; published deep weights have 128, use 3
+    rgb_filters: int = 3                # filters of G's last layer, of which three are used
     d_wide: bool = True                 # D's blocks widen in the first convolution, not the second
 
     def __post_init__(self):
-        chunks = len(self.g_channels)
-        made = 4 * 2**(chunks - 1)
+        n_blocks = len(self.g_channels) - 1
+        made = 4 * 2**n_blocks
         require(self.resolution == made, f"g_channels makes {made} pixels, not {self.resolution}")
         if self.deep or self.skip_z:
             require(self.shared_dim > 0, "deep and skip_z need a shared_dim above 0")
         if self.skip_z:
+            chunks = n_blocks + 1
             require(self.z_dim % chunks == 0, f"skip_z cuts z into {chunks} equal chunks")
 
     @property
@@ -344,7 +346,7 @@ class ModelConfig:
     # What G's first layer sees, and what its blocks see (c):
     #     BigGAN         a chunk of z             embedding, chunk of z
     #     BigGAN-deep    embedding, all of z      embedding, all of z
-    #     older models   all of z                 embedding, or the class itself
+    #     older models   all of z                 embedding, or the class, to look up gain and bias
 
     @property
     def c_dim(self):
@@ -371,7 +373,7 @@ AT_512 = dict(
     resolution=512, g_channels=(16, 16, 8, 8, 4, 2, 1, 1), d_channels=(1, 1, 2, 4, 8, 8, 16, 16)
 )
 DEEP = dict(ch=128, z_dim=128, skip_z=False, deep=True, rgb_filters=128)
-OLDER = dict(ch=64, z_dim=128, skip_z=False, shared_dim=0)      # gain and bias from class tables
+OLDER = dict(ch=64, z_dim=128, skip_z=False, shared_dim=0)
 
 MODELS = {
     # The paper's, tables 4 to 6. (Attention of G at 256 pixels as in its author's PyTorch code.)
@@ -396,8 +398,8 @@ MODELS = {
         resolution=32, g_channels=(4, 4, 2, 1), d_channels=(1, 2, 4, 4),
         ch=32, z_dim=64, g_attention=16, d_attention=16, n_classes=10, shared_dim=32,
     ),
-    # Where BigGAN comes from: first SN-GAN with projection (Miyato & Koyama 2018), then SAGAN, the
-    # first row of the paper's table 1, which adds attention, spectral norm in G and a wider D.
+    # Where BigGAN comes from: first SN-GAN with projection (Miyato & Koyama 2018), then SAGAN, with
+    # attention, spectral norm in G and a wider D. It is the first row of the paper's table 1.
     "sngan128": ModelConfig(
         **AT_128, **OLDER, g_attention=0, d_attention=0, g_sn_eps=None, d_wide=False
     ),
@@ -470,8 +472,8 @@ def upsample(x):                                    # (N, C, H, W) -> (N, C, 2H,
 class Generator(nn.Module):
     """z (N, z_dim), y (N,) class indices -> images (N, 3, R, R) in [-1, 1].
 
-    y may also be (N, shared_dim) float: embeddings instead of classes. Between those of two
-    classes lie images between them."""
+    y may also be (N, shared_dim) float: embeddings instead of classes. A point between the
+    embeddings of two classes gives an image that mixes them."""
 
     def __init__(self, config):
         super().__init__()
@@ -494,8 +496,8 @@ class Generator(nn.Module):
             if size == config.g_attention:
                 self.attention = SelfAttention(out_channels)
                 self.attention_after = len(self.blocks) - 1
-        found = self.attention_after is not None or config.g_attention == 0
-        require(found, f"g_attention: no block of G makes {config.g_attention} pixels")
+        if config.g_attention and self.attention_after is None:
+            raise UserError(f"g_attention: no block of G makes {config.g_attention} pixels")
         self.output_norm = BatchNorm(channels[-1], config.bn_eps)
         self.to_rgb = SNConv2d(channels[-1], config.rgb_filters, 3)
         initialise(self, config.g_sn_eps)
@@ -587,8 +589,8 @@ class Discriminator(nn.Module):
             if down and size == config.d_attention:
                 self.attention = SelfAttention(out_channels)
                 self.attention_after = len(self.blocks) - 1
-        found = self.attention_after is not None or config.d_attention == 0
-        require(found, f"d_attention: no block of D halves to {config.d_attention} pixels")
+        if config.d_attention and self.attention_after is None:
+            raise UserError(f"d_attention: no block of D halves to {config.d_attention} pixels")
         self.linear = SNLinear(channels[-1], 1)
         self.embed = SNEmbedding(config.n_classes, channels[-1])
         initialise(self, config.sn_eps)
@@ -630,12 +632,15 @@ def initialise(network, eps):
 # among real images and q among generated ones. D chooses its logit d there, and pays
 #     p max(0, 1 - d) + q max(0, 1 + d)
 # which is least at d = 1 where p > q, and at d = -1 where p < q: the best D is sign(p - q). G wants
-# its images to have high logits, so it moves them uphill, away from where there are too many of
-# them (q > p, logit -1) to where there are too few (q < p, logit 1). Only if p = q everywhere is
-# there no uphill: all d from -1 to 1 cost the same then, and D can only guess. (This shows where
-# the game can rest. It is no proof that it gets there.) The best D pays 2 min(p, q). Summed over
-# all images that is at most 2, when p = q everywhere. So a loss of D near 2 means that it cannot
-# tell the two apart, and a loss near 0 that it always can.
+# its images to have high logits, so it moves them away from where there are too many of them (q > p,
+# with logit -1) to where there are too few (q < p, with logit 1). If p = q everywhere, all d from -1
+# to 1 cost the same. D gains nothing from telling images apart, so it may as well give all of them
+# the same logit, and then G has nowhere to move: neither can improve alone. (This shows where the
+# game can rest. It is no proof that it gets there.)
+#
+# The best D pays 2q where p > q, and 2p where p < q: 2 min(p, q). p and q each sum to 1 over all
+# images, so this sums to 2 if they are equal, and to less otherwise. So a loss of D near 2 means
+# that it cannot tell the two apart, and a loss near 0 that it always can.
 
 def hinge_loss_d(real_logits, fake_logits):
     """(N,), (M,) -> scalar. Lim & Ye 2017, Tran et al. 2017."""
@@ -643,7 +648,7 @@ def hinge_loss_d(real_logits, fake_logits):
 
 
 def hinge_loss_g(fake_logits):
-    """(N,) -> scalar. With max(0, 1 - D) instead of -D, G would stop learning where D gives 1."""
+    """(N,) -> scalar. With max(0, 1 - D), G would learn nothing from images with logits above 1."""
     return -fake_logits.mean()
 
 
@@ -652,17 +657,17 @@ def hinge_loss_g(fake_logits):
 # if they are orthogonal, large if they compute nearly the same. The penalty is the sum of squares
 # of all products of two different filters:
 #     || W W^T * (1 - I) ||^2
-# where 1 - I removes the diagonal, the filters' own squared lengths, which may be anything. (So it
-# does not matter that the layers divide W by sigma: that changes lengths, not angles.)
+# where 1 - I removes the diagonal, the filters' own squared lengths, which may be anything.
 #
 # What is it for? Samples improve when z is drawn closer to 0 than in training (truncation, below).
-# But many a G draws poor images there: it has not been trained on such z. It helps if G is smooth,
-# that is, if none of its layers stretches some directions much more than others, as layers with
-# orthogonal filters do not. In the paper (section 3.1), with a weight of 1e-4, 60% of the models
-# could be truncated; without the penalty, 16%.
+# But a z of 120 normal numbers is practically never close to 0: its length is about sqrt(120). So G
+# has not been trained there, and many a G draws poor images. It helps if no layer stretches some
+# directions much more than others, as layers with orthogonal filters of equal length do not: then G
+# changes gradually on the way to z = 0, and what it has learned carries over. In the paper (section
+# 3.1), with a weight of 1e-4, 60% of the models could be truncated; without the penalty, 16%.
 
 def orthogonal_penalty(W, off_diagonal=True):
-    """|| W W^T * (1 - I) ||^2 of W (out, ...) -> scalar. The paper's filters are columns: W^T W.
+    """|| W W^T * (1 - I) ||^2 of W (out, ...) -> scalar. (The paper's W has columns for filters.)
 
     off_diagonal=False: the older || W W^T - I ||^2, which also wants filters of length 1."""
     W = W.flatten(1)                                # (filters, inputs)
@@ -685,7 +690,7 @@ def orthogonal_regularisation(G):
 
 # ----------------------------------------------- good samples: truncation, EMA, standing statistics
 # Three things turn a trained G into good samples.
-# 1. Truncation: z is drawn without its far components. Images become more typical and less varied.
+# 1. Truncation: components of z far from 0 are drawn again. Images get more typical, less varied.
 # 2. EMA: draw with the average of G's weights over many steps.
 # 3. Standing statistics: batch norm's mean and var are measured again, on images like those that
 #    are to be drawn.
@@ -701,8 +706,9 @@ def truncated_normal(shape, threshold=math.inf, generator=None):
     require(threshold > 0, f"the truncation threshold must be above 0, not {threshold}")
     inside = math.erf(threshold / math.sqrt(2))     # the probability of lying within the threshold
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)       # in [0, 1)
-    z = math.sqrt(2) * torch.erfinv((2 * uniform - 1) * inside)
-    limit = min(threshold, 9)                       # only u = -1 gives more, and that infinity
+    u = (2 * uniform - 1) * inside
+    z = math.sqrt(2) * torch.erfinv(u)
+    limit = min(threshold, 9)                       # rand may be 0: then u = -1, and z -infinity
     return z.clamp(-limit, limit).float()
 
 
@@ -742,7 +748,7 @@ def standing_statistics(G, batches=16, batch_size=64, noise=truncated_normal):
     norms = [m for m in G.eval().modules() if isinstance(m, Norm)]
     for k in range(batches):
         for norm in norms:
-            norm.training = True                    # by hand: .train() would also move every u
+            norm.training = True                    # .train() would also reach u in its SNLinear
             norm.momentum = 1 / (k + 1)             # makes the average the mean of k + 1 batches
         z = noise((batch_size, G.config.z_dim), generator=generator)
         y = torch.randint(G.config.n_classes, (batch_size,), generator=generator)
@@ -838,9 +844,9 @@ class ClassBatchNorm(Norm):
 
 
 # ------------------------------------------------------------------------------------- other losses
-# For comparison with the hinge. The best D is then, instead of sign(p - q): log(p / q) under the
-# non-saturating loss, p / (p + q) under least squares. Wasserstein's has no such formula. For a new
-# loss, add a line to LOSSES.
+# For comparison. Under the hinge the best D is sign(p - q). Under the non-saturating loss it is
+# log(p / q), and under least squares p / (p + q). Wasserstein's has no such formula. For a new
+# loss, add a line to LOSSES. (train.py stops a run whose loss of D is between 0 and 0.02.)
 
 def nonsaturating_loss_d(real_logits, fake_logits):
     """Mean -log p(real) - log(1 - p(fake)) with p = sigmoid(logit). Goodfellow et al. 2014."""
@@ -909,12 +915,13 @@ def gradient_penalty(D, real, fake, y, mix):
 
 
 # ---------------------------------------------------------------------- augmentation for few images
-# With few images, D learns them by heart, and G learns nothing more from it. Differentiable
+# With few images, D learns them by heart, and G learns nothing more from D. Differentiable
 # augmentation (Zhao et al. 2020, "DiffAugment") changes every image at random before D sees it:
 # real and generated ones, in D's turn and in G's. Then D cannot learn the real ones by heart.
 # Why the generated ones, too? If only real images were shifted, shifted images would look real, and
 # G would learn to draw them. If all are, a G that draws shifted images gains nothing by it.
-# Images are (N, 3, R, R) in [-1, 1]; r are random numbers in [0, 1), three per image and change.
+# Images are (N, 3, R, R) in [-1, 1]. r are random numbers in [0, 1): three for each image, for each
+# kind of change.
 
 def colour(x, r):
     """Brightness; saturation around each pixel's grey; contrast around the mean. r (N, 3)."""
@@ -981,7 +988,7 @@ def singular_values(W, k=3):
 
 
 def sigma_excess(W, fixed=None, ratio=None):
-    """How far sigma_0 of W (out, ...) is above a goal: `fixed`, or `ratio` times sigma_1.
+    """How far sigma_0 of W (out, ...) is above a goal: `fixed`, or `ratio` times the second value.
 
     Returns the excess, through which gradients reach W but not the goal, and the singular vectors
     u (out,) and v (everything else,)."""
@@ -1042,7 +1049,7 @@ class Moments(torch.autograd.Function):
 
     Cross-replica batch norm (appendix C): several processes each hold an equal part of the batch,
     and the moments are those of all of it. So the loss of every process depends on the images of
-    every other: backward adds up what all of their losses ask of the moments. After that,
+    every other: backward adds up the gradients of all losses by the moments. After that,
     DistributedDataParallel takes the mean over the processes. The sum here and the mean there
     make the gradient of the mean loss, the same that one process would find for the whole batch."""
 
@@ -1138,9 +1145,10 @@ def upsample_conv3x3(x, layer):
 
 def fused_attention(query, key, value):
     """`attention` by torch's GPU kernel, which never stores (N, L, M). No second derivative."""
+    # It wants vectors of equal length. Added zeros change no product.
     missing = value.shape[2] - query.shape[2]
-    query = F.pad(query, (0, missing))              # it wants vectors of equal length, and zeros
-    key = F.pad(key, (0, missing))                  # change no product
+    query = F.pad(query, (0, missing))
+    key = F.pad(key, (0, missing))
     h = F.scaled_dot_product_attention(             # it wants a dimension for heads: there is one
         query[:, None], key[:, None], value[:, None], scale=1.0
     )

@@ -46,10 +46,11 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     With Inception's features this is the FID (Heusel et al. 2017): fit a normal distribution to the
     features of each set of images, and compare. Lower is better.
 
-    The trace of the root is the sum of the roots of the eigenvalues of C1 C2. Write C1 = A A^T and
-    C2 = B B^T. The eigenvalues of A A^T B B^T, other than 0, are those of (A^T B)(A^T B)^T, and so
-    the squares of the singular values of A^T B. Their roots are these singular values. (A root of
-    the matrix itself, which other codes take, may come out complex or fail.)"""
+    With C1 = A A^T and C2 = B B^T, the trace of the root is the sum of the singular values of
+    M = A^T B. Why? It is the sum of the roots of the eigenvalues of C1 C2. XY and YX have the same
+    eigenvalues, other than 0. With X = A and Y = A^T B B^T, those of C1 C2 = XY are those of
+    YX = M M^T: the squares of the singular values of M. (A root of the matrix itself, which other
+    codes take, may come out complex or fail.)"""
     A = factor(np.asarray(cov1, np.float64))
     B = factor(np.asarray(cov2, np.float64))
     trace_of_root = np.linalg.svd(A.T @ B, compute_uv=False).sum()
@@ -83,9 +84,10 @@ def inception_score(probs, splits=10):
 def kernel_distance(a, b, subsets=100, size=1000, seed=0):
     """How alike are points within each set (N, d), (M, d), compared with points of different sets?
 
-    The mean `kernel` within a, plus that within b, minus twice that between a and b: the squared
-    maximum mean discrepancy, and with Inception's features the KID (Binkowski et al. 2018). Unlike
-    the FID it has no bias: for two samples of one distribution it is 0 on average.
+    `kernel` is large for points that are alike. Its mean within a, plus that within b, minus twice
+    that between a and b is the squared maximum mean discrepancy, and with Inception's features the
+    KID (Binkowski et al. 2018). If both sets come from one distribution, pairs across them are as
+    alike as pairs within them, and it is 0 on average: unlike the FID, it has no bias.
     -> mean and standard deviation over random subsets"""
     a = torch.as_tensor(a, dtype=torch.float64)
     b = torch.as_tensor(b, dtype=torch.float64)
@@ -113,7 +115,7 @@ def mean_of_pairs(k):
 
 
 def precision_recall(real, fake, k=3):
-    """What part of fake points (M, d) is near a real one (N, d), and of real ones near a fake one?
+    """Precision: what part of fake points (M, d) is near a real one? Recall: of real ones (N, d)?
 
     A set covers the balls around its points, each as large as the distance to the point's k-th
     nearest neighbour in the set (Kynkaanniemi et al. 2019). Precision falls when images are poor,
@@ -347,8 +349,8 @@ def pyramid_distances(real, fake):
 # Part 3: sets of images, and the command
 # ==================================================================================================
 
-N_KEPT = 50_000                 # of so many images the features are kept, for KID, IS and so on
-N_PATCHED = 2048                # of so many the pixels, for the sliced Wasserstein distance
+N_KEPT = 50_000                 # of at most so many images features are kept, for KID, IS, ...
+N_PATCHED = 2048                # of at most so many pixels, for the sliced Wasserstein distance
 
 
 @dataclass
@@ -427,7 +429,8 @@ def compare(real, fake):
         splits = min(10, len(fake.probs))
         scores["IS"], scores["IS_deviation"] = inception_score(fake.probs, splits)
     if real.kept is not None:
-        half = min(len(real.kept), len(fake.kept)) // 2     # of all points there is but one subset
+        # Subsets of half the points at most: with all of them, each subset would be the same.
+        half = min(len(real.kept), len(fake.kept)) // 2
         mean, deviation = kernel_distance(real.kept, fake.kept, size=min(1000, half))
         scores["KID"] = 1000 * mean
         scores["KID_deviation"] = 1000 * deviation
@@ -445,7 +448,7 @@ def parse(arguments):
     add = parser.add_argument
     add("--weights", nargs="+", default=[None], help="as for sample.py, one or several")
     add("--fake", help="instead, score the images in this folder or FILE.npz")
-    add("--data", "--real", help="real images: a folder, shapes, or FILE.npz, also of statistics")
+    add("--data", "--real", help="real images: a folder, shapes, FILE.npz of images or statistics")
     add("--n", type=int, default=10_000, help="samples; compare only scores of equal n")
     add("--trunc", type=float, nargs="+", default=[None], help="truncations, see sample.py")
     add("--seed", type=int, default=0, help="which set of n noise vectors")

@@ -19,9 +19,9 @@ component of the noise z that lies outside [-T, T] is drawn again. For the publi
 weights, z is T times a normal distribution truncated to [-2, 2], and T is at most 1. The two are
 not the same: at T = 0.5 their standard deviations are 0.28 and 0.44.
 
-Batch norm's mean and var must be those of the same noise. BigGAN-deep's weights come with them, for
-all T. The author's weights, and files that --export wrote, have those of noise without truncation.
-In all other cases they are measured at the start, on 1,024 images.
+Batch norm's mean and var must belong to the noise that is drawn. BigGAN-deep's weights come with
+them for all T. The author's weights, and files that --export wrote, have them for noise without
+truncation. In all other cases they are measured at the start, on 1,024 images.
 
 How to read this file. Part 1: from weights to pictures. Part 2: classes and their names, other
 things to draw, and where weights come from. Part 3: what all commands share."""
@@ -68,7 +68,7 @@ class LoadedGenerator(Generator):
 
     def __init__(self, weights):            # weights: a Weights, see part 2
         config = weights.config
-        if weights.scaled_noise:            # BigGAN-deep: `from_deep` has divided them by sigma
+        if weights.scaled_noise:            # BigGAN-deep's, which are divided by sigma already
             config = dataclasses.replace(config, g_sn_eps=None)
         with torch.device("meta"):          # shapes without memory: the weights come next
             super().__init__(config)
@@ -96,6 +96,7 @@ class LoadedGenerator(Generator):
             f"--trunc {truncation:g} must be above 0, and for these weights at most {widest:g}",
         )
         self.truncation = truncation
+        # Stored are statistics for all truncations (BigGAN-deep), or else for the widest only.
         stored_for_this = self.scaled_noise or truncation == widest
         if self.stored_statistics and stored_for_this:
             stored = self.stored_statistics.items()
@@ -106,7 +107,7 @@ class LoadedGenerator(Generator):
 
 
 def interpolate(values, truncation):
-    """Statistics (C,) as they are; or of a table (truncations, C) the row for this truncation.
+    """values (C,): as they are. values (truncations, C): the row for this truncation.
 
     The published tables have 51 rows, for the truncations 0, 0.02, 0.04, ... 1."""
     if values.dim() == 1:
@@ -119,7 +120,7 @@ def interpolate(values, truncation):
 
 def read_generator(weights=None):
     """A LoadedGenerator that still needs its `set_truncation`, on the GPU if there is one."""
-    keep_freed_memory()
+    keep_freed_memory()                     # drawing takes half the time, see part 3
     G = LoadedGenerator(read_weights(weights))
     return G.to(pick_device(), memory_format=torch.channels_last)
 
@@ -196,12 +197,12 @@ def parse(arguments):
     parser = command_line(__doc__)
     add = parser.add_argument
     add("--weights", help="what to draw with; else the newest run, or biggan-deep-256")
-    add("--class", dest="classes", nargs="+", help="numbers, names, ImageNet words, or all")
+    add("--class", dest="classes", nargs="+", help="numbers, names, ImageNet words, all")
     add("--trunc", type=float, help="truncation, such as 0.5")
     add("--n", type=int, default=8, help="images per class")
     add("--seed", type=int, default=0, help="seed of the first image")
     add("--sheet", choices=["classes", "truncation", "interpolation"], help="what the rows are")
-    add("--npz", type=int, default=0, help="instead of a picture, so many images of all classes")
+    add("--npz", type=int, default=0, help="instead, an array of so many images")
     add("--export", action="store_true", help="instead, the generator alone, as a small file")
     add("--out", help="sample.png, sample.npz or generator.pt, unless given")
     args = parser.parse_args(arguments)
@@ -363,6 +364,7 @@ def export(weights, out):
     """Write the EMA generator alone: matrices in 16 bits, statistics of untruncated noise."""
     found = read_weights(weights)
     require(not found.scaled_noise, "these weights are a generator alone already; copy the file")
+    # G's weights are divided by sigma. What is written are the original ones, and its statistics.
     G = load_generator(weights).cpu()
     state = found.G_ema | statistics_of(G.state_dict())
     for name, tensor in state.items():
@@ -459,8 +461,8 @@ def count_blocks(state):
 def from_deep(state):
     """Weights of DeepMind's BigGAN-deep, as converted by Hugging Face. They have no D."""
     state = rename(state, DEEP_NAMES)
-    # Divide by sigma as it was when they were published, u^T W v. Another round of power iteration
-    # would change the images.
+    # Divide by the sigma of the published u and v, u^T W v. Another round of power iteration would
+    # change the images.
     for name in [name for name in state if name.endswith(".u")]:
         layer = name.removesuffix("u")
         W = state[layer + "weight"]

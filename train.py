@@ -2,7 +2,7 @@
 
     python train.py --preset shapes                 ten drawn shapes, minutes on two CPU cores
     python train.py --preset cifar10                CIFAR-10, fetched and checked
-    python train.py --preset cifar10 --data mine    a folder with one sub-folder of images per class
+    python train.py --preset cifar10 --data mine --out runs/mine    images, a sub-folder per class
     torchrun --nproc_per_node=8 train.py --data imagenet/train      the paper's run, on eight GPUs
     python train.py --data imagenet/train --pack imagenet128    decode once, for --data imagenet128
     python train.py --init runs/cifar10 --data mine --out runs/mine --batch 64      from weights
@@ -107,13 +107,13 @@ except ImportError:
 
 def add_recipe_options(add):
     """The options that decide what is computed. add: a parser's add_argument."""
-    add("--data", help="images: a folder with a sub-folder per class, or packed; or shapes")
+    add("--data", help="images: a folder with a sub-folder per class; packed; shapes")
     add("--init", help="weights to start from, which decide the architecture")
-    add("--model", default="biggan128", choices=MODELS, help="the architecture")
+    add("--model", default="biggan128", choices=MODELS, help="architecture; images get its size")
     add("--ch", type=int, help="width that channels are multiples of; the model's unless given")
     add("--shared-dim", type=int, help="length of G's class embedding; 0: a table in each layer")
     add("--steps", type=int, default=150_000, help="updates of G")
-    add("--batch", type=int, default=2048, help="real images per update of D, and generated ones")
+    add("--batch", type=int, default=2048, help="real images per update, and generated ones")
     add("--micro-batch", type=int, help="images at a time, if memory is short")
     add("--d-steps", type=int, default=2, help="updates of D per update of G")
     add("--g-lr", type=float, default=5e-5, help="learning rate of G")
@@ -130,9 +130,9 @@ def add_recipe_options(add):
     # Beyond the recipe.
     add("--augment", default="", help="for few images: colour,translation,cutout or some of them")
     add("--r1", type=float, default=0.0, help="weight of a penalty on D's gradient at real images")
-    add("--sigma-fixed", type=float, help="lower G's largest singular values to this (section 4.1)")
-    add("--sigma-ratio", type=float, help="lower them to this many times the second largest")
-    add("--sigma-pull", type=float, default=0.0, help="instead, add a penalty of this weight")
+    add("--sigma-fixed", type=float, help="lower G's largest singular values to this")
+    add("--sigma-ratio", type=float, help="or to so many times the second largest")
+    add("--sigma-pull", type=float, default=0.0, help="or pull, by a penalty of this weight")
 
 
 def add_run_options(add):
@@ -142,9 +142,9 @@ def add_run_options(add):
     add("--held-out", help="images not trained on, to see whether D knows --data by heart")
     add("--compile", action="store_true", help="fuse operations; the first step takes minutes")
     add("--fused-attention", action="store_true", help="less time and memory on a GPU")
-    add("--workers", type=int, help="processes that decode images; unless given 8, or 0 on a CPU")
+    add("--workers", type=int, help="processes that decode images; by default 8, on a CPU 0")
     add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    add("--eval-every", type=int, default=1000, help="steps between singular values, D's accuracy")
+    add("--eval-every", type=int, default=1000, help="steps between sigmas, D's accuracy")
     add("--sample-every", type=int, default=1000, help="steps between grids of samples")
     add("--save-every", type=int, default=1000, help="steps between checkpoints")
     add("--keep", type=int, default=3, help="how many of the newest checkpoints remain")
@@ -208,7 +208,7 @@ def parse_settings(arguments):
     typed = parser.parse_args(arguments)
     preset = {"out": f"runs/{typed.preset}", **PRESETS[typed.preset]}
     if typed.data:
-        preset["held_out"] = None       # the preset's own belong to the preset's data
+        preset["held_out"] = None       # the preset's held-out images belong to its data
     if typed.init:
         preset["ema_start"] = 0         # there are no random weights to forget
     parser.set_defaults(**preset)
@@ -229,12 +229,13 @@ def parse_settings(arguments):
 # taken in micro-batches, whose gradients add up. (Batch norm then sees one micro-batch.)
 #
 # With several processes, each takes its part of every micro-batch. In the backward pass of the last
-# micro-batch, DistributedDataParallel (DDP) replaces each p.grad by its mean over the processes. It
-# does not ask where the gradient came from. So the mean is right
+# micro-batch, DistributedDataParallel (DDP) replaces whatever stands in p.grad by its mean over the
+# processes. This mean is right
 # - for the losses: the batch's loss is the mean of the processes' losses. (Batch norm makes them
 #   depend on each other's images. `Moments` in biggan.py says why the mean is right all the same.)
 # - for penalties on D's gradient, which add to the same p.grad in the same backward pass;
-# - for penalties on G's weights: all processes add the same, whose mean is the same again.
+# - for penalties on G's weights: all processes add the same, and the mean of equals is the same.
+# The wrapped networks, parallel_G and parallel_D, are called where their own weights learn.
 
 class Trainer:
     """G, D, their optimisers and the EMA, and the step that moves them. Knows nothing of files."""
@@ -244,8 +245,9 @@ class Trainer:
         self.config = config
         self.device = device
         self.step = 0
+        # Loss of D, loss of G, and the logit above which D takes an image for real.
         self.loss_d, self.loss_g, self.threshold = LOSSES[args.loss]
-        # The 16-bit type that autocast computes with, or None.
+        # The 16-bit type that autocast computes with, or None. (`main` has replaced "auto".)
         self.half = PRECISIONS[args.precision]
         self.dtype = torch.float64 if args.precision == "fp64" else torch.float32
         # Which rows of a batch this process takes, how many of them at a time, and the weight of a
@@ -308,7 +310,11 @@ class Trainer:
         """One update of G. The gradient flows back through D, whose weights do not move."""
         self.D.requires_grad_(False)
         self.opt_G.zero_grad()
-        penalise_weights_of_G(self)     # the recipe: orthogonal regularisation
+        if self.args.ortho:             # depends on no image, so once; it waits in p.grad
+            ortho = orthogonal_regularisation(self.G)
+            self.backward(ortho, self.args.ortho)
+            self.log(1, ortho=ortho)
+        pull_singular_values_of_G(self)         # the recipe does not
         for batch in self.micro_batches(turn=0):
             with self.autocast(self.half):
                 fake = self.parallel_G(batch.z, batch.labels)
@@ -319,7 +325,7 @@ class Trainer:
             self.log(self.share, G_loss=loss)
         gradient_norm = self.update(self.G, self.opt_G)
         self.log(1, G_grad=gradient_norm)
-        clamp_weights_of_G(self)        # the recipe does not
+        clamp_singular_values_of_G(self)        # the recipe does not
 
     def discriminate(self, batch, fake):
         """D's logits for real and generated images, in one call: a large batch is faster.
@@ -347,7 +353,7 @@ class Trainer:
         grads = [p.grad for p in network.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if self.scaler.is_enabled():
-            norm = norm.nan_to_num(0, 0, 0)
+            norm = norm.nan_to_num(nan=0, posinf=0, neginf=0)
         self.scaler.step(optimiser)
         self.scaler.update()
         return norm
@@ -367,8 +373,8 @@ class Trainer:
         """z, labels, mix and r of this process's rows. G has turn 0, and D turns 1 to d_steps.
 
         They depend on the seed, the step and the turn, not on the number of processes: each draws
-        those of the whole batch and keeps its own rows. (mix and r are beyond the recipe, for the
-        gradient penalty and for augmentation, of generated images and of real ones.)"""
+        those of the whole batch and keeps its own rows. (Beyond the recipe: mix is for the gradient
+        penalty, r for augmentation, r[:, 0] of generated images and r[:, 1] of real ones.)"""
         n = self.args.batch
         when = (self.args.seed, self.step, turn)
         noise = generator("noise", *when)
@@ -436,6 +442,7 @@ def in_parallel(network):
         return network
     # DDP warns of strides of 1x1 kernels, which does no harm.
     warnings.filterwarnings("ignore", "Grad strides do not match|.*broadcast_buffers")
+    # gradient_as_bucket_view: p.grad lies in DDP's own buffers, and needs no second copy.
     # broadcast_buffers: u and running averages are the same in all processes, and need not be sent.
     return DistributedDataParallel(
         network, gradient_as_bucket_view=True, broadcast_buffers=False
@@ -443,6 +450,10 @@ def in_parallel(network):
 
 
 # ----------------------------------------------------------------------------------------- the loop
+# A run ends when its steps are done, when a signal asks for it, or when G has collapsed: its images
+# have suddenly become poor or all alike, and training does not recover from that. So at every line
+# of the log, two signs are measured: `diversity`, how much images of a class differ, and sigma_0,
+# the largest singular value of G's first layer (section 4). Part 2 has the details.
 
 def train(trainer, data, held_out, args):
     """Train until all steps are done, a signal asks to stop, or G collapses."""
@@ -451,14 +462,14 @@ def train(trainer, data, held_out, args):
             return True
         return trainer.step % every == 0
 
-    signals = catch_signals()
+    signals = catch_signals()           # a list, empty until a signal arrives
     real_batches = batches(data, args, trainer.step, trainer.device)
     real_examples = some_images(data, args.seed, n=64, n_classes=8)
     lines = read_log(args.out, trainer.step)
     logged = []                         # what each step since the last line has logged
     started = perf_counter()
     saved = trainer.step
-    # What the first process has seen of a collapse, in words.
+    # A sentence, once the first process sees a collapse.
     collapse = None
     while trainer.step < args.steps:
         logged.append(trainer.train_step(real_batches))
@@ -510,7 +521,7 @@ def main(arguments):
     checkpoint, _ = newest_checkpoint(args.out)
     initial = None
     if checkpoint:
-        config = ModelConfig(**checkpoint["model"])
+        config = ModelConfig(**checkpoint["model"])     # an edit of MODELS needs another --out
     elif args.init:
         initial = read_weights(args.init)
         config = initial.config
@@ -531,7 +542,8 @@ def main(arguments):
     described = {**vars(args), "images": len(data), "classes": data.classes}
     if checkpoint:
         check_run(args.out, described)
-    # Until here every process finds the same mistakes by itself. From here on they are together.
+    # Until here each process finds mistakes by itself, and all find the same. From here on they
+    # communicate, and one that ended alone would leave the others waiting.
     start_processes()
     # The file stays open, as closing it would release the lock.
     lock = prepare_folder(args.out, described)
@@ -543,7 +555,7 @@ def main(arguments):
         start_from(trainer, initial, data.classes)
     if len(set(gather_rows([[trainer.step]]))) > 1:
         give_up(f"the processes have read different checkpoints; {args.out} is on no shared disk")
-    # These map their files, and so would keep deleted ones on the disk.
+    # Their tensors are memory-mapped: they would keep the file on the disk after it is deleted.
     del checkpoint, initial
     train(trainer, data, held_out, args)
     stop_processes()
@@ -647,19 +659,15 @@ def penalties_on_D(trainer, batch, fake):
     return penalty
 
 
-def penalise_weights_of_G(trainer):
-    """Add the gradients of penalties on G's weights: once, as they depend on no image."""
+def pull_singular_values_of_G(trainer):
+    """Add the gradient of --sigma-pull."""
     args = trainer.args
-    if args.ortho:
-        ortho = orthogonal_regularisation(trainer.G)
-        trainer.backward(args.ortho * ortho)
-        trainer.log(1, ortho=ortho)
     if args.sigma_pull:
         pull = sigma_pull(trainer.G, args.sigma_fixed, args.sigma_ratio)
-        trainer.backward(args.sigma_pull * pull)
+        trainer.backward(pull, args.sigma_pull)
 
 
-def clamp_weights_of_G(trainer):
+def clamp_singular_values_of_G(trainer):
     args = trainer.args
     if not args.sigma_pull and (args.sigma_fixed or args.sigma_ratio):
         clamp_sigma(trainer.G, args.sigma_fixed, args.sigma_ratio)
@@ -691,7 +699,7 @@ def take_over(network, state, same_classes):
 # Sooner or later a GAN collapses: within some hundred steps its images become few, or poor, and
 # stay so (section 4). Then one stops, and uses earlier weights. The margins come from healthy runs.
 
-WINDOW_STEPS = 150                      # how many steps back the means of newest lines reach
+WINDOW_STEPS = 150                      # means over the newest lines cover so many steps
 MIN_DIVERSITY = 0.6                     # of the best so far; less: the images have become alike
 MIN_D_LOSS = 0.02                       # less: D has won
 MAX_GROWTH = 2                          # of sigma_0 in the window; more: it explodes
@@ -837,7 +845,7 @@ def show(line, args):
 
 def check_run(out, described):
     """Refuse to continue a run with other settings, and list each difference."""
-    # What the run has not recorded, as the option is newer, had its default.
+    # An option that is newer than the run is not in its config.json: it had its default.
     before = vars(make_parser().parse_args([]))
     before |= json.loads(Path(out, "config.json").read_text())
     changed = []
