@@ -632,11 +632,11 @@ def initialise(network, eps):
 # among real images and q among generated ones. D chooses its logit d there, and pays
 #     p max(0, 1 - d) + q max(0, 1 + d)
 # which is least at d = 1 where p > q, and at d = -1 where p < q: the best D is sign(p - q). G wants
-# its images to have high logits, so it moves them away from where there are too many of them (q > p,
-# with logit -1) to where there are too few (q < p, with logit 1). If p = q everywhere, all d from -1
-# to 1 cost the same. D gains nothing from telling images apart, so it may as well give all of them
-# the same logit, and then G has nowhere to move: neither can improve alone. (This shows where the
-# game can rest. It is no proof that it gets there.)
+# its images to have high logits, so it moves them away from where there are too many (q > p, with
+# logit -1) to where there are too few (q < p, with logit 1). If p = q everywhere, all d from -1 to
+# 1 cost the same. D gains nothing from telling images apart, so it may as well give all of them the
+# same logit, and then G has nowhere to move: neither can improve alone. (This shows where the game
+# can rest. It is no proof that it gets there.)
 #
 # The best D pays 2q where p > q, and 2p where p < q: 2 min(p, q). p and q each sum to 1 over all
 # images, so this sums to 2 if they are equal, and to less otherwise. So a loss of D near 2 means
