@@ -31,11 +31,11 @@ exponential moving average (EMA) of G's weights. Samples are drawn with it; it i
 Paper: Brock, Donahue, Simonyan, "Large Scale GAN Training for High Fidelity Natural Image
 Synthesis", ICLR 2019, arXiv:1809.11096. "Section 3.1", "table 4" and so on refer to it.
 
-How to read this file. Part 1, some 700 lines, is the recipe, and with part 1 of the other scripts
-(train.py 500, sample.py 250, metrics.py 250 lines) an evening's reading: spectral norm, batch norm
-and attention, then the networks built from them, the loss and the penalty, and what makes good
-samples. Part 2 is what BigGAN at 128 pixels does not need: deeper blocks, other losses, penalties
-on D, augmentation. Part 3 computes the same numbers faster, or on many GPUs.
+How to read this file. Part 1, some 750 lines, is the recipe: spectral norm, batch norm and
+attention, the networks built from them, the loss and the penalty, and what makes good samples.
+Part 1 of all scripts (train.py 500, sample.py 270, metrics.py 280 lines) is an evening's reading.
+Part 2 is what BigGAN at 128 pixels does not need: deeper blocks, other losses, penalties on D,
+augmentation. Part 3 computes the same numbers faster, or on many GPUs.
 
 Shapes: N images, C channels (the width of a layer), H x W pixels, R the image's resolution.
 Training may run under autocast, which computes convolutions and matrix products in 16 bits;
@@ -63,8 +63,8 @@ from torch import nn
 # singular value sigma of a weight matrix W is the most by which W can stretch a vector:
 #     sigma = max |W v|  over all v of length 1
 # A layer that computes with W / sigma makes no vector longer, so a small change of the image can
-# make only a small change of the logit. (The bound is not strict: a 3x3 convolution reads each
-# pixel nine times, and may stretch an image by up to 3, and a residual block adds two paths.)
+# make only a small change of the logit. (Only roughly: a 3x3 convolution reads each pixel nine
+# times, so it may stretch an image by sqrt(9) = 3, and a residual block adds two paths.)
 #
 # G has spectral norm as well. The evidence for that is practical: SAGAN, the model that BigGAN grew
 # out of (Zhang et al. 2019), trained more steadily with it. However large G's weights become, what
@@ -148,7 +148,7 @@ class SNEmbedding(nn.Embedding):
 
 
 def matrix_layers(network):
-    """Name -> layer, for all layers of the three classes above. (Not G's class embedding.)"""
+    """Name -> layer, for all layers of the three classes above. (G's embedding has none.)"""
     kinds = (SNConv2d, SNLinear, SNEmbedding)
     return {name: m for name, m in network.named_modules() if isinstance(m, kinds)}
 
@@ -188,15 +188,15 @@ class Norm(nn.Module):
             mean = self.running_mean
             var = self.running_var
         # The formula above, written as offset + factor * x, so that one pass over x is enough.
-        # Under autocast both are rounded to 16 bits. offset is computed from the rounded factor, so
-        # that the error of the rounding cancels where x = mean.
+        # Under autocast factor is rounded to 16 bits. offset is computed from the rounded one, so at
+        # x = mean the result is still bias, up to rounding.
         factor = (gain * torch.rsqrt(var + self.eps)).to(x.dtype)       # (C,) or (N, C)
         offset = (bias - mean * factor).to(x.dtype)                     # (C,) or (N, C)
         return torch.addcmul(per_channel(offset), x, per_channel(factor))
 
     @torch.no_grad()
     def update_running_averages(self, mean, var, x):
-        """Take in the moments of a batch; of the variance sum / (n - 1), as nn.BatchNorm2d does."""
+        """Take in a batch's mean and var, var with n - 1 in place of n, like nn.BatchNorm2d."""
         n = processes() * x.numel() // x.shape[1]   # numbers per channel, over all GPUs
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(var * n / (n - 1), self.momentum)
@@ -238,8 +238,8 @@ def per_channel(a):                                 # (C,) -> (1, C, 1, 1), (N, 
 
 
 # ----------------------------------------------------------------------------------- self-attention
-# A convolution sees 3x3 pixels. Attention lets every position p look at all positions q and take
-# from each as much as it fits:
+# A convolution sees 3x3 pixels. Attention lets every position p look at all positions q, and take
+# more from those that fit:
 #     out_p = x_p + gamma * o( sum over q of a_pq g(x_q) )
 #     a_pq = softmax over q of theta(x_p) . phi(x_q)
 # theta, phi, g and o are 1x1 convolutions, known elsewhere as query, key, value and output
@@ -249,8 +249,8 @@ def per_channel(a):                                 # (C,) -> (1, C, 1, 1), (N, 
 class SelfAttention(nn.Module):
     """(N, C, H, W) -> (N, C, H, W). Zhang et al. 2019 (SAGAN), as in its authors' code.
 
-    Keys and values are pooled, so q runs over cells of 2x2 positions: a quarter of the work. The
-    products are not divided by the root of their length, unlike in a transformer."""
+    Keys and values are pooled, so q runs over cells of 2x2 positions: a quarter of the work.
+    theta . phi is not divided by the root of C/8, unlike in a transformer."""
 
     fused = False                                   # True: `fused_attention`, in part 3
 
@@ -319,7 +319,7 @@ class ModelConfig:
     sn_eps: float = 1e-4                # in spectral norm, of D alone; None switches it off
     g_sn_eps: float = 1e-4              # in spectral norm of G; None switches it off
     bn_eps: float = 1e-4                # in batch norm. All three are appendix C's, for 16 bits
-    deep: bool = False                  # BigGAN-deep (part 2): two blocks for each of the channels
+    deep: bool = False                  # BigGAN-deep (part 2): two blocks for each entry above
     rgb_filters: int = 3                # filters of G's last layer, of which three are used
     d_wide: bool = True                 # D's blocks widen in the first convolution, not the second
 
@@ -346,7 +346,7 @@ class ModelConfig:
     # What G's first layer sees, and what its blocks see (c):
     #     BigGAN         a chunk of z             embedding, chunk of z
     #     BigGAN-deep    embedding, all of z      embedding, all of z
-    #     older models   all of z                 embedding, or the class, to look up gain and bias
+    #     older models   all of z                 embedding, or if there is none, the class
 
     @property
     def c_dim(self):
@@ -376,7 +376,7 @@ DEEP = dict(ch=128, z_dim=128, skip_z=False, deep=True, rgb_filters=128)
 OLDER = dict(ch=64, z_dim=128, skip_z=False, shared_dim=0)
 
 MODELS = {
-    # The paper's, tables 4 to 6. (Attention of G at 256 pixels as in its author's PyTorch code.)
+    # The paper's, tables 4 to 6. (biggan256: G's attention as in the author's PyTorch code.)
     "biggan128": ModelConfig(**AT_128, z_dim=120),
     "biggan256": ModelConfig(**AT_256, z_dim=140),
     "biggan512": ModelConfig(**AT_512, z_dim=160),
@@ -436,8 +436,8 @@ MODELS = {
 #               |                   |                       average 2x2      average 2x2
 #               + <-----------------'                         + <---------------'
 #
-# A 1x1 convolution looks at one pixel at a time. So it may be swapped with repeating or averaging
-# pixels, and the code below applies it where the image is small.
+# A 1x1 convolution looks at one pixel at a time. So it may come before or after repeating or
+# averaging pixels, and the code below puts it where the image is small.
 
 class GBlock(nn.Module):
     """Doubles H and W (table 4, figure 15b)."""
@@ -480,7 +480,7 @@ class Generator(nn.Module):
         self.config = config
         channels = [multiple * config.ch for multiple in config.g_channels]
         if config.shared_dim > 0:
-            # No spectral norm here. It cripples G, says the author's code, without a reason.
+            # No spectral norm here: it cripples G, says the author's code, but not why.
             self.shared = nn.Embedding(config.n_classes, config.shared_dim)
         self.linear = SNLinear(config.first_dim, 4 * 4 * channels[0])
         self.blocks = nn.ModuleList()
@@ -661,13 +661,13 @@ def hinge_loss_g(fake_logits):
 #
 # What is it for? Samples improve when z is drawn closer to 0 than in training (truncation, below).
 # But a z of 120 normal numbers is practically never close to 0: its length is about sqrt(120). So G
-# has not been trained there, and many a G draws poor images. It helps if no layer stretches some
-# directions much more than others, as layers with orthogonal filters of equal length do not: then G
-# changes gradually on the way to z = 0, and what it has learned carries over. In the paper (section
-# 3.1), with a weight of 1e-4, 60% of the models could be truncated; without the penalty, 16%.
+# has not been trained there, and many a G draws poor images. It helps if each layer stretches all
+# directions about equally, for which its filters must be orthogonal: then G changes gradually on the
+# way to z = 0, and what it has learned carries over. In the paper (section 3.1), with a weight of
+# 1e-4, 60% of the models could draw well from truncated noise; without the penalty, 16%.
 
 def orthogonal_penalty(W, off_diagonal=True):
-    """|| W W^T * (1 - I) ||^2 of W (out, ...) -> scalar. (The paper's W has columns for filters.)
+    """|| W W^T * (1 - I) ||^2 of W (out, ...) -> scalar. (In the paper, filters are columns.)
 
     off_diagonal=False: the older || W W^T - I ||^2, which also wants filters of length 1."""
     W = W.flatten(1)                                # (filters, inputs)
@@ -708,7 +708,7 @@ def truncated_normal(shape, threshold=math.inf, generator=None):
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)       # in [0, 1)
     u = (2 * uniform - 1) * inside
     z = math.sqrt(2) * torch.erfinv(u)
-    limit = min(threshold, 9)                       # rand may be 0: then u = -1, and z -infinity
+    limit = min(threshold, 9)                       # without threshold, rand = 0 gives -infinity
     return z.clamp(-limit, limit).float()
 
 
@@ -727,7 +727,7 @@ class EMA:
     def update(self, model, step):
         """Take in the weights of `model` after step number `step`, and its buffers, too.
 
-        (The average of vectors u is a little short. Power iteration gives it length 1 again.)"""
+        (Among these is u of spectral norm. Its average is too short, which power iteration mends.)"""
         newest_weight = 1 - self.decay if step > self.start else 1.0
         newest = model.state_dict()
         for name, average in self.model.state_dict().items():
@@ -746,9 +746,10 @@ def standing_statistics(G, batches=16, batch_size=64, noise=truncated_normal):
     generator = torch.Generator().manual_seed(0)
     own = rows_of_standing_batch(batch_size)        # all rows, unless several processes share them
     norms = [m for m in G.eval().modules() if isinstance(m, Norm)]
+    for norm in norms:
+        norm.training = True                        # .train() would let its SNLinears change u
     for k in range(batches):
         for norm in norms:
-            norm.training = True                    # .train() would also reach u in its SNLinear
             norm.momentum = 1 / (k + 1)             # makes the average the mean of k + 1 batches
         z = noise((batch_size, G.config.z_dim), generator=generator)
         y = torch.randint(G.config.n_classes, (batch_size,), generator=generator)
