@@ -188,8 +188,8 @@ class Norm(nn.Module):
             mean = self.running_mean
             var = self.running_var
         # The formula above, written as offset + factor * x, so that one pass over x is enough.
-        # Under autocast factor is rounded to 16 bits. offset is computed from the rounded one, so at
-        # x = mean the result is still bias, up to rounding.
+        # Under autocast factor is rounded to 16 bits. offset is computed from the rounded one, so
+        # at x = mean the result is still bias, up to rounding.
         factor = (gain * torch.rsqrt(var + self.eps)).to(x.dtype)       # (C,) or (N, C)
         offset = (bias - mean * factor).to(x.dtype)                     # (C,) or (N, C)
         return torch.addcmul(per_channel(offset), x, per_channel(factor))
@@ -662,9 +662,9 @@ def hinge_loss_g(fake_logits):
 # What is it for? Samples improve when z is drawn closer to 0 than in training (truncation, below).
 # But a z of 120 normal numbers is practically never close to 0: its length is about sqrt(120). So G
 # has not been trained there, and many a G draws poor images. It helps if each layer stretches all
-# directions about equally, for which its filters must be orthogonal: then G changes gradually on the
-# way to z = 0, and what it has learned carries over. In the paper (section 3.1), with a weight of
-# 1e-4, 60% of the models could draw well from truncated noise; without the penalty, 16%.
+# directions about equally, for which its filters must be orthogonal: then G changes gradually on
+# the way to z = 0, and what it has learned carries over. In the paper (section 3.1), with a weight
+# of 1e-4, 60% of the models could draw well from truncated noise; without the penalty, 16%.
 
 def orthogonal_penalty(W, off_diagonal=True):
     """|| W W^T * (1 - I) ||^2 of W (out, ...) -> scalar. (In the paper, filters are columns.)
@@ -727,7 +727,7 @@ class EMA:
     def update(self, model, step):
         """Take in the weights of `model` after step number `step`, and its buffers, too.
 
-        (Among these is u of spectral norm. Its average is too short, which power iteration mends.)"""
+        (Among these is spectral norm's u. Its average is too short: power iteration mends that.)"""
         newest_weight = 1 - self.decay if step > self.start else 1.0
         newest = model.state_dict()
         for name, average in self.model.state_dict().items():
