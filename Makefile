@@ -1,6 +1,6 @@
 # make look    draw 16 stars with the small model that comes along
-# make demo    train on drawn shapes and show what the generator draws (11 minutes on two CPU cores)
-# make test    the tests (3 to 4 minutes)
+# make demo    train on drawn shapes and show what the generator draws (11 to 20 minutes on two CPU cores)
+# make test    the tests (4 to 5 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (1 minute)
 # make trial   thirty kills, a collapse and a full disk (3 minutes, as root)
 # make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (4 minutes)
