@@ -469,14 +469,11 @@ def train(trainer, data, held_out, args):
     logged = []                         # what each step since the last line has logged
     started = perf_counter()
     saved = trainer.step
-    # A sentence, once the first process sees a collapse.
-    collapse = None
+    collapse = None                     # a sentence, once the first process sees one
     while trainer.step < args.steps:
         logged.append(trainer.train_step(real_batches))
         if is_due(args.log_every) or is_due(args.eval_every):
-            line = {"step": trainer.step, **means_of(logged)}
-            stop_if_not_finite(trainer, line)
-            line["seconds_per_step"] = (perf_counter() - started) / len(logged)
+            line = line_of(trainer, logged, started)
             if rank() == 0:
                 line["diversity"] = diversity(trainer, *real_examples)
                 line["sigma_0"] = singular_values(trainer.G.linear.weight, 1).item()
@@ -496,10 +493,8 @@ def train(trainer, data, held_out, args):
             break
 
     if in_any_process(collapse):
-        give_up(
-            f"collapse at step {trainer.step}: {collapse}. The last step saved is {saved}; "
-            f"metrics.py --weights {args.out}/checkpoints/*.pt says which is best"
-        )
+        give_up(f"collapse at step {trainer.step}: {collapse}. The last step saved is {saved}; "
+                f"metrics.py --weights {args.out}/checkpoints/*.pt says which is best")
     if saved < trainer.step and not save_checkpoint(trainer, data.classes, args):
         raise UserError(f"step {trainer.step} is not saved; make room, then type the same command")
     how = "done" if trainer.step >= args.steps else "stopped"
@@ -530,11 +525,7 @@ def main(arguments):
     data = open_data(args.data, config.resolution)
     if args.pack:
         return pack(data, args.pack, args.workers or os.cpu_count())
-    held_out = None
-    if args.held_out:
-        held_out = open_data(args.held_out, config.resolution, held_out=True)
-        same = held_out.classes == data.classes
-        require(same, f"--held-out {args.held_out} has other classes than --data {args.data}")
+    held_out = open_held_out(args, data)
     config = dataclasses.replace(config, n_classes=len(data.classes))
     names = ", ".join(data.classes)[:80]
     say(f"{len(data):,} images in {len(data.classes)} classes: {names}")
@@ -566,6 +557,16 @@ def has_fast_bf16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def open_held_out(args, data):
+    """The images of --held-out, if there are any. They have the classes of --data."""
+    if not args.held_out:
+        return None
+    held_out = open_data(args.held_out, data.resolution, held_out=True)
+    same = held_out.classes == data.classes
+    require(same, f"--held-out {args.held_out} has other classes than --data {args.data}")
+    return held_out
 
 
 def check_settings(args):
@@ -803,6 +804,14 @@ def write_log(args, lines):
     with surviving(path):
         save_text(path, text)
     show(lines[-1], args)
+
+
+def line_of(trainer, logged, started):
+    """The line of the log for some steps: the means of what they have logged, and their time."""
+    line = {"step": trainer.step, **means_of(logged)}
+    stop_if_not_finite(trainer, line)
+    line["seconds_per_step"] = (perf_counter() - started) / len(logged)
+    return line
 
 
 def means_of(logged):
