@@ -43,7 +43,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
-from torch.nn.parallel import DistributedDataParallel
 
 from biggan import (
     AUGMENTATIONS,
@@ -444,7 +443,7 @@ def in_parallel(network):
     warnings.filterwarnings("ignore", "Grad strides do not match|.*broadcast_buffers")
     # gradient_as_bucket_view: p.grad lies in DDP's own buffers, and needs no second copy.
     # broadcast_buffers: u and running averages are the same in all processes, and need not be sent.
-    return DistributedDataParallel(
+    return torch.nn.parallel.DistributedDataParallel(
         network, gradient_as_bucket_view=True, broadcast_buffers=False
     )
 
