@@ -382,8 +382,9 @@ def features_of(images, n, inception, what):
             continue
         x = torch.from_numpy(x).permute(0, 3, 1, 2)
         f, logits = inception(x.to(inception.fc_bias.device))
-        total = total + f.double().sum(0)
-        products = products + f.double().T @ f.double()
+        f64 = f.double()
+        total = total + f64.sum(0)
+        products = products + f64.T @ f64
         # The IS leaves out the last bias, as its authors' code does.
         p = (logits - inception.fc_bias).softmax(1)
         kept.append(f.cpu().numpy()[rows < N_KEPT])
@@ -446,11 +447,11 @@ def compare(real, fake):
 def parse(arguments):
     parser = command_line(__doc__)
     add = parser.add_argument
-    add("--weights", nargs="+", default=[None], help="as for sample.py, one or several")
+    add("--weights", nargs="+", help="as for sample.py, one or several")
     add("--fake", help="instead, score the images in this folder or FILE.npz")
     add("--data", "--real", help="real images: a folder, shapes, FILE.npz of images or statistics")
     add("--n", type=int, default=10_000, help="samples; compare only scores of equal n")
-    add("--trunc", type=float, nargs="+", default=[None], help="truncations, see sample.py")
+    add("--trunc", type=float, nargs="+", help="truncations, see sample.py")
     add("--seed", type=int, default=0, help="which set of n noise vectors")
     add("--inception", help="Inception's weights, fetched unless given; or none")
     add("--save-stats", help="FILE.npz: keep the statistics of --data, to be used as --data")
@@ -486,9 +487,9 @@ def sets_to_score(args, inception):
         data = open_data(args.fake)
         yield args.fake, None, data.resolution, features_of_data(data, None, inception)
         return
-    for weights in args.weights:
+    for weights in args.weights or [None]:
         G = read_generator(weights)
-        for truncation in args.trunc:
+        for truncation in args.trunc or [None]:
             G.set_truncation(truncation)
             features = features_of_samples(G, args.n, args.seed, inception)
             yield weights or "the newest run", truncation, G.config.resolution, features

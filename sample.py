@@ -186,12 +186,16 @@ def seed_rows(G, classes, n, seed, truncations):
     images = []
     for truncation in truncations:
         G.set_truncation(truncation)
-        say("drawing", titles, "" if truncation is None else f"with truncation {truncation}")
+        at = "" if truncation is None else f", truncation {truncation}"
+        say(f"drawing {titles}{at}")
         images.append(draw_seeds(G, labels, seeds, G.noise))
     return np.concatenate(images)
 
 
 # -------------------------------------------------------------------------------------- the command
+
+SHEETS = ["classes", "truncation", "interpolation"]
+
 
 def parse(arguments):
     parser = command_line(__doc__)
@@ -201,12 +205,13 @@ def parse(arguments):
     add("--trunc", type=float, help="truncation, such as 0.5")
     add("--n", type=int, default=8, help="images per class")
     add("--seed", type=int, default=0, help="seed of the first image")
-    add("--sheet", choices=["classes", "truncation", "interpolation"], help="what the rows are")
+    add("--sheet", default="classes", choices=SHEETS, help="what the rows of the picture are")
     add("--npz", type=int, default=0, help="instead, an array of so many images")
     add("--export", action="store_true", help="instead, the generator alone, as a small file")
     add("--out", help="sample.png, sample.npz or generator.pt, unless given")
     args = parser.parse_args(arguments)
-    check(args)
+    typed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    check(args, typed)
     usual = "sample.png"
     if args.npz:
         usual = "sample.npz"
@@ -216,16 +221,15 @@ def parse(arguments):
     return args
 
 
-def check(args):
-    """Refuse options that contradict each other."""
+def check(args, typed):
+    """Refuse options that contradict each other. typed: names of those that are not the default."""
     require(args.n >= 1, "--n must be at least 1")
     require(min(args.npz, args.seed) >= 0, "--npz and --seed must be at least 0")
-    others = (args.classes, args.trunc, args.sheet, args.npz)
     require(
-        not args.export or not any(others),
+        not args.export or typed <= {"export", "weights", "out"},
         "--export takes --weights and --out alone; choose a truncation when you draw",
     )
-    require(not (args.npz and args.sheet), "--npz draws no --sheet: leave out one")
+    require(not args.npz or args.sheet == "classes", "--npz draws no --sheet: leave out one")
     require(
         args.sheet != "truncation" or args.trunc is None,
         "--sheet truncation needs no --trunc: leave out one",

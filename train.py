@@ -745,11 +745,11 @@ def mean_of(lines, name):
 
 @torch.no_grad()
 def forward_in_eval(trainer, network, inputs, labels):
-    """network(input, label) in evaluation mode, 16 at a time. -> (N, ...) on the CPU"""
+    """network(input, label) in evaluation mode. inputs: parts of 16 each. -> (N, ...) on the CPU"""
     network.eval()
     outputs = []
     with trainer.autocast(trainer.half):
-        for x, y in zip(inputs.split(16), labels.split(16)):
+        for x, y in zip(inputs, labels.split(16)):
             x = x.to(trainer.device, trainer.dtype)
             out = network(x, y.to(trainer.device))
             outputs.append(out.cpu())
@@ -759,8 +759,8 @@ def forward_in_eval(trainer, network, inputs, labels):
 
 def accuracy(trainer, images, labels):
     """What part of real images (N, R, R, 3) uint8 does D take for real?"""
-    x = to_network(images, torch.device("cpu"))
-    logits = forward_in_eval(trainer, trainer.D, x, labels)
+    parts = (to_network(x, trainer.device) for x in images.split(16))
+    logits = forward_in_eval(trainer, trainer.D, parts, labels)
     return (logits > trainer.threshold).float().mean().item()
 
 
@@ -768,7 +768,7 @@ def diversity(trainer, images, labels):
     """How much G's images of a class differ, relative to real ones (N, R, R, 3) uint8."""
     noise = generator("diversity", trainer.args.seed)
     z = truncated_normal((len(labels), trainer.config.z_dim), generator=noise)
-    fake = forward_in_eval(trainer, trainer.G, z, labels)
+    fake = forward_in_eval(trainer, trainer.G, z.split(16), labels)
     real = to_network(images, torch.device("cpu"))
     return spread_within(fake, labels) / max(1e-6, spread_within(real, labels))
 
@@ -830,8 +830,8 @@ def evaluate(trainer, data, held_out, args):
         for name, layer in matrix_layers(network).items():
             sigma[f"{letter}.{name}"] = singular_values(layer.weight).tolist()
     found = {"sigma": sigma}
-    # (Of Wasserstein's logits only differences mean anything.)
-    if held_out and args.loss != "wgan-gp":
+    # (Without a threshold, as for Wasserstein's loss, only differences of logits mean anything.)
+    if held_out and trainer.threshold is not None:
         for name, images in ("D_accuracy", data), ("D_accuracy_held_out", held_out):
             found[name] = accuracy(trainer, *some_images(images, args.seed, 512, 64))
     return found
@@ -941,14 +941,15 @@ def catch_signals():
 
     for number in STOP_SIGNALS:
         # nohup has told this process to ignore a closed terminal. That is left as it is.
-        if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:
+        if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
     return received
 
 
+HANGUP = getattr(signal, "SIGHUP", None)        # a closed terminal; Windows has none
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):           # a closed terminal; not on Windows
-    STOP_SIGNALS.append(signal.SIGHUP)
+if HANGUP:
+    STOP_SIGNALS.append(HANGUP)
 
 
 def in_any_process(condition):
@@ -1108,9 +1109,9 @@ def open_data(source, resolution=None, held_out=False):
 
 
 def read_npz(path):
-    """Name -> array, of a file that np.savez wrote."""
+    """Name -> array, of a file that np.savez wrote. An array is read when it is asked for."""
     try:
-        return dict(np.load(path))
+        return np.load(path)
     except (ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} does not hold arrays: {error}") from None
 
