@@ -17,6 +17,8 @@ distance of images. Part 3: sets of images, and the command."""
 
 import json
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -25,10 +27,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from biggan import UserError, processes, rank, require
-from sample import (CACHE, check_output, command_line, draw_seeds, fetch, gather_rows,
+from sample import (CACHE, check_output, check_range, command_line, draw_seeds, fetch, gather_rows,
                     keep_freed_memory, pick_device, read_generator, read_tensors,
                     rows_of_this_process, run, save_atomically, save_text, say, start_processes,
-                    stop_processes)
+                    stop_processes, warn)
 from train import open_data, read_npz
 
 # ==================================================================================================
@@ -37,6 +39,12 @@ from train import open_data, read_npz
 
 # ------------------------------------------------------------------ distances between distributions
 # Points are features of images: N points of d numbers each, (N, d).
+
+def finite(numbers, what):
+    """The numbers, none of which is NaN or infinite. From such, a score may look very good."""
+    require(np.isfinite(numbers).all(), f"{what} are not finite")
+    return numbers
+
 
 def frechet_distance(mu1, cov1, mu2, cov2):
     """Squared Frechet distance of two normal distributions, given their means and covariances:
@@ -51,17 +59,20 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     eigenvalues, other than 0. With X = A and Y = A^T B B^T, those of C1 C2 = XY are those of
     YX = M M^T: the squares of the singular values of M. (A root of the matrix itself, which other
     codes take, may come out complex or fail.)"""
+    shapes = {np.shape(mu1), np.shape(mu2)}, {np.shape(cov1), np.shape(cov2)}
+    require(shapes == ({(len(mu1),)}, {(len(mu1), len(mu1))}), f"of different shapes: {shapes}")
     A = factor(np.asarray(cov1, np.float64))
     B = factor(np.asarray(cov2, np.float64))
     trace_of_root = np.linalg.svd(A.T @ B, compute_uv=False).sum()
     between = np.square(np.subtract(mu1, mu2, dtype=np.float64)).sum()
     distance = between + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root
-    return float(max(0, distance))          # rounding may give -1e-12
+    return float(max(0, finite(distance, "means")))     # rounding may give -1e-12
 
 
 def factor(cov):
     """A (d, rank) with A A^T = C, from its eigenvectors, each times the root of its eigenvalue."""
-    values, vectors = np.linalg.eigh(cov)
+    values, vectors = np.linalg.eigh(finite(cov, "covariances"))
+    require(values[0] >= -1e-3 * values[-1], "a covariance has no negative eigenvalues")
     nonzero = values > 1e-12 * values[-1]   # what is left is rounding
     return vectors[:, nonzero] * np.sqrt(values[nonzero])
 
@@ -73,7 +84,8 @@ def inception_score(probs, splits=10):
     are equally frequent. -> mean and standard deviation over some splits of the images"""
     require(1 <= splits <= len(probs), f"{len(probs)} images cannot be cut into {splits} splits")
     scores = []
-    for p in np.array_split(np.asarray(probs, np.float64), splits):
+    probs = finite(np.asarray(probs, np.float64), "class probabilities")
+    for p in np.array_split(probs, splits):
         log_p = np.log(p.clip(1e-300))
         log_mean = np.log(p.mean(0).clip(1e-300))
         divergence = (p * (log_p - log_mean)).sum(1)        # of each image
@@ -92,6 +104,7 @@ def kernel_distance(a, b, subsets=100, size=1000, seed=0):
     a = torch.as_tensor(a, dtype=torch.float64)
     b = torch.as_tensor(b, dtype=torch.float64)
     size = min(size, len(a), len(b))
+    require(size >= 2, "the kernel distance needs two points of each kind")
     rng = np.random.default_rng(seed)
     distances = []
     for _ in range(subsets):
@@ -100,6 +113,7 @@ def kernel_distance(a, b, subsets=100, size=1000, seed=0):
         within = mean_of_pairs(kernel(x, x)) + mean_of_pairs(kernel(y, y))
         between = kernel(x, y).mean()
         distances.append((within - 2 * between).item())
+    finite(distances, "features")
     return float(np.mean(distances)), float(np.std(distances))
 
 
@@ -128,6 +142,8 @@ def precision_recall(real, fake, k=3):
 
 def covered(points, centres, k):
     """The part of the points (M, d) that lies in a ball around one of the centres (N, d)."""
+    require(len(centres) > k, f"{len(centres)} points have no {k} neighbours")
+    finite(points.sum() + centres.sum(), "features")
     radii = []
     for x in centres.split(1000):           # k + 1: the nearest centre is the point itself
         radii.append(torch.cdist(x, centres).kthvalue(k + 1).values)
@@ -156,7 +172,7 @@ def sliced_wasserstein(a, b, projections=512, seed=0):
         line_a = np.sort((some @ a.T).numpy())      # (32, N); numpy sorts faster
         line_b = np.sort((some @ b.T).numpy())
         total += np.abs(line_a - line_b).mean(1).sum()
-    return float(total / projections)
+    return float(finite(total, "points") / projections)
 
 
 # ---------------------------------------------------------------------------------------- Inception
@@ -303,7 +319,7 @@ def laplacian_pyramid(x):
     bands = []
     while x.shape[-1] >= 32:
         small = blur(x)[:, :, ::2, ::2]
-        bands.append(x - enlarge(small))
+        bands.append(x - enlarge(small)[:, :, :x.shape[2], :x.shape[3]])    # of an odd size
         x = small
     return bands + [x]
 
@@ -361,40 +377,62 @@ class Features:
     cov: np.ndarray = None                  # and covariance (2048, 2048)
     kept: torch.Tensor = None               # features of the first images (N_KEPT, 2048)
     probs: np.ndarray = None                # and class probabilities (N_KEPT, 1008)
-    pixels: np.ndarray = None               # the first images (N_PATCHED, R, R, 3) uint8
+    pixels: np.ndarray = None               # the first images (N_PATCHED, R, R, 3) uint8, if
+                                            # all have one size
 
 
 def features_of(images, n, inception, what):
     """Features of n images, shared among the processes. inception None: pixels alone.
 
-    images(rows): a function that gives the images of some rows, (k, R, R, 3) uint8."""
+    images(rows): a function that gives the images of some rows, (H, W, 3) uint8 each, or None for
+    one that cannot be read."""
     if inception is None:
         n = min(n, N_PATCHED)
-    pixels = []
-    kept = []
-    probs = []
-    total = 0                               # the sum of all features f
-    products = 0                            # and of all f f^T
+    sizes = [np.zeros((0, 2), int)]         # height and width of each image
+    pixels = []                             # the first images
+    kept = [np.zeros((0, 2048), np.float32)]
+    probs = [np.zeros((0, 1008), np.float32)]
+    total = torch.zeros(2048, dtype=torch.float64)          # the sum of all features f
+    products = torch.zeros(2048, 2048, dtype=torch.float64)     # and of all f f^T
     for rows in rows_of_this_process(n, 16, what):  # 16 images fit into a CPU's cache
-        x = images(rows)
-        pixels.append(x[rows < N_PATCHED])
+        found = [(row, x) for row, x in zip(rows, images(rows)) if x is not None]
+        sizes += [[x.shape[:2]] for _, x in found]
+        pixels += [x for row, x in found if row < N_PATCHED]
         if inception is None:
             continue
-        x = torch.from_numpy(x).permute(0, 3, 1, 2)
-        f, logits = inception(x.to(inception.fc_bias.device))
-        f64 = f.double()
-        total = total + f64.sum(0)
-        products = products + f64.T @ f64
-        # The IS leaves out the last bias, as its authors' code does.
-        p = (logits - inception.fc_bias).softmax(1)
-        kept.append(f.cpu().numpy()[rows < N_KEPT])
-        probs.append(p.cpu().numpy()[rows < N_KEPT])
-    pixels = gather_rows(pixels)
+        for _, same_size in groupby(found, lambda pair: pair[1].shape):
+            rows, x = zip(*same_size)
+            x = torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2)
+            f, logits = inception(x.to(inception.fc_bias.device))
+            f64 = f.double()
+            total = total.to(f.device) + f64.sum(0)
+            products = products.to(f.device) + f64.T @ f64
+            # The IS leaves out the last bias, as its authors' code does.
+            p = (logits - inception.fc_bias).softmax(1)
+            first = np.array(rows) < N_KEPT
+            kept.append(f.cpu().numpy()[first])
+            probs.append(p.cpu().numpy()[first])
+    sizes = gather_rows(sizes)
+    n = len(sizes)
+    require(n >= 8, f"{n} {what}: scores need at least 8")
+    pixels = pixels_of_one_size(pixels, sizes, what)
     if inception is None:
         return Features(n, pixels=pixels)
     mu = sum_over_processes(total) / n
     cov = (sum_over_processes(products) - n * np.outer(mu, mu)) / (n - 1)
     return Features(n, mu, cov, torch.from_numpy(gather_rows(kept)), gather_rows(probs), pixels)
+
+
+def pixels_of_one_size(images, sizes, what):
+    """The images of all processes (n, R, R, 3), or None with a warning if their sizes differ."""
+    different, counts = np.unique(sizes, axis=0, return_counts=True)
+    H, W = different[0]
+    if len(different) == 1 and H == W >= 7:
+        return gather_rows([np.zeros((0, H, W, 3), np.uint8), *[x[None] for x in images]])
+    if rank() == 0:
+        listed = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(different[:9], counts))
+        warn(f"{what} have no common size, square and from 7x7 on, for SWD ({listed})")
+    return None
 
 
 def sum_over_processes(tensor):
@@ -409,7 +447,7 @@ def features_of_data(data, n, inception):
     order = np.random.default_rng(0).permutation(len(data))[:n]
 
     def images(rows):
-        return np.stack([data[i][0] for i in order[rows]])
+        return [data.image(i) for i in order[rows]]
 
     return features_of(images, len(order), inception, "real images")
 
@@ -436,11 +474,15 @@ def compare(real, fake):
         scores["KID"] = 1000 * mean
         scores["KID_deviation"] = 1000 * deviation
         scores["precision"], scores["recall"] = precision_recall(real.kept, fake.kept)
-    if real.pixels is not None:
+    if real.pixels is not None and fake.pixels is not None:
         n = min(len(real.pixels), len(fake.pixels))
-        distances = pyramid_distances(real.pixels[:n], fake.pixels[:n])
-        scores["SWD"] = 1000 * sum(distances.values()) / len(distances)
-        scores["SWD_levels"] = {side: 1000 * distance for side, distance in distances.items()}
+        real_size, fake_size = real.pixels.shape[1], fake.pixels.shape[1]
+        if real_size == fake_size:
+            distances = pyramid_distances(real.pixels[:n], fake.pixels[:n])
+            scores["SWD"] = 1000 * sum(distances.values()) / len(distances)
+            scores["SWD_levels"] = {side: 1000 * value for side, value in distances.items()}
+        else:
+            warn(f"no SWD: real images have {real_size} pixels, generated ones {fake_size}")
     return scores
 
 
@@ -457,8 +499,15 @@ def parse(arguments):
     add("--save-stats", help="FILE.npz: keep the statistics of --data, to be used as --data")
     add("--out", default="metrics.json", help="FILE.json")
     args = parser.parse_args(arguments)
+    typed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     require(args.data, "name real images by --data")
-    require(args.n >= 8 and args.seed >= 0, "--n must be at least 8 and --seed at least 0")
+    check_range(args, ["n"], 8)
+    check_range(args, ["seed"], 0)
+    of_weights = typed & {"weights", "n", "seed", "trunc"}
+    require(
+        not args.fake or not of_weights,
+        f"--fake takes all images that are there, and no --{', --'.join(sorted(of_weights))}",
+    )
     check_output(args.out, ".json")
     if args.save_stats:
         check_output(args.save_stats, ".npz")
@@ -467,13 +516,27 @@ def parse(arguments):
     return args
 
 
+def read_statistics(args):
+    """mu and sigma in --data, that --save-stats or another program wrote; or None."""
+    if not args.data.endswith(".npz"):
+        return None
+    mu, sigma = read_npz(args.data, "mu", "sigma")
+    if mu is None or sigma is None:
+        return None
+    shapes = (mu.shape, sigma.shape)
+    require(
+        shapes == ((2048,), (2048, 2048)),
+        f"{args.data} has statistics of shapes {shapes}; mu must have (2048,), sigma (2048, 2048)",
+    )
+    frechet_distance(mu, sigma, mu, sigma)          # refuses what are no statistics
+    require(not args.save_stats, f"{args.data} has statistics already: leave out --save-stats")
+    require(args.inception != "none", "statistics need Inception: leave out --inception none")
+    return Features(0, mu, sigma)
+
+
 def real_features(args, resolution, inception):
-    """Of --data, or the statistics that --save-stats or another program wrote."""
-    if args.data.endswith(".npz"):
-        stored = read_npz(args.data)
-        if "mu" in stored:
-            return Features(0, stored["mu"], stored["sigma"])
-    data = open_data(args.data, resolution, held_out=True)
+    """Of the images in --data, at the resolution of the weights, or at their own for --fake."""
+    data = open_data(args.data, resolution, held_out=True, labelled=False)
     n = args.n if args.data == "shapes" else None
     real = features_of_data(data, n, inception)
     if args.save_stats and rank() == 0:
@@ -482,16 +545,16 @@ def real_features(args, resolution, inception):
 
 
 def sets_to_score(args, inception):
-    """Yields (name, truncation, resolution, features) of each set of weights and truncation."""
+    """Yields (name, truncation, resolution, features()) of each set of weights and truncation."""
     if args.fake:
-        data = open_data(args.fake)
-        yield args.fake, None, data.resolution, features_of_data(data, None, inception)
+        data = open_data(args.fake, labelled=False)
+        yield args.fake, None, data.resolution, partial(features_of_data, data, None, inception)
         return
     for weights in args.weights or [None]:
         G = read_generator(weights)
         for truncation in args.trunc or [None]:
             G.set_truncation(truncation)
-            features = features_of_samples(G, args.n, args.seed, inception)
+            features = partial(features_of_samples, G, args.n, args.seed, inception)
             yield weights or "the newest run", truncation, G.config.resolution, features
 
 
@@ -499,23 +562,24 @@ def main(arguments):
     args = parse(arguments)
     device = pick_device()
     keep_freed_memory()
+    real = read_statistics(args)
     inception = None
     if args.inception != "none":
         file = CACHE / INCEPTION_URL.rpartition("/")[2]
         inception = Inception(args.inception or fetch(INCEPTION_URL, file, "6726825d")).to(device)
     start_processes()
-    real = None
     results = []
-    for name, truncation, resolution, fake in sets_to_score(args, inception):
+    for name, truncation, resolution, features in sets_to_score(args, inception):
         if real is None:
-            real = real_features(args, resolution, inception)
+            real = real_features(args, None if args.fake else resolution, inception)
+        fake = features()
         if rank() > 0:
             continue
         if results:
             same = results[0]["resolution"] == resolution
             require(same, "score weights of different resolutions one by one")
         scores = compare(real, fake)
-        require(scores, "statistics need Inception: leave out --inception none")
+        require(scores, "no score is possible without Inception, see the warnings")
         settings = {
             "images": name,
             "truncation": truncation,

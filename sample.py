@@ -1,6 +1,6 @@
 """Draw images with a trained generator.
 
-    python sample.py --class 207 --trunc 0.5        with the newest run in runs/, or biggan-deep-256
+    python sample.py --class 207 --trunc 0.5    with the newest run that has the class, or published
     python sample.py --weights shapes --class star heart    the small model that comes along
     python sample.py --weights biggan-deep-256 --class "golden retriever"       a class by its name
     python sample.py --weights runs/cifar10 --sheet truncation --class ship
@@ -12,7 +12,8 @@ has its own number.) So the same seed draws the same image, whatever else is dra
 
 --weights takes a run's folder, a checkpoint, a name (shapes, biggan-deep-128, biggan-deep-256,
 biggan-deep-512), or the path or URL of a file: BigGAN-deep as converted by Hugging Face, or
-G_ema.pth of the PyTorch code by the paper's author.
+G_ema.pth of the PyTorch code by the paper's author. Without it, the newest run in runs/ draws that
+has the classes asked for, or if none has, biggan-deep-256.
 
 --trunc T has two meanings. In the paper (section 3.1), and for weights trained here, every
 component of the noise z that lies outside [-T, T] is drawn again. For the published BigGAN-deep
@@ -29,14 +30,18 @@ things to draw, and where weights come from. Part 3: what all commands share."""
 import argparse
 import ctypes
 import dataclasses
+import hashlib
+import json
 import math
 import multiprocessing
 import os
 import re
+import secrets
 import sys
 import time
 import traceback
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -118,15 +123,17 @@ def interpolate(values, truncation):
     return torch.lerp(below, above, position % 1)
 
 
-def read_generator(weights=None):
-    """A LoadedGenerator that still needs its `set_truncation`, on the GPU if there is one."""
+def read_generator(weights=None, wanted=("all",)):
+    """A LoadedGenerator that still needs its `set_truncation`, on the GPU if there is one.
+
+    weights: what --weights takes. None: the newest run that has the classes `wanted`."""
     keep_freed_memory()                     # drawing takes half the time, see part 3
-    G = LoadedGenerator(read_weights(weights))
+    G = LoadedGenerator(read_weights(weights, wanted))
     return G.to(pick_device(), memory_format=torch.channels_last)
 
 
 def load_generator(weights=None, truncation=None):
-    """A LoadedGenerator that is ready to draw. weights: what --weights takes; None: the newest."""
+    """A LoadedGenerator that is ready to draw. weights: as for `read_generator`."""
     G = read_generator(weights)
     G.set_truncation(truncation)
     return G
@@ -223,13 +230,13 @@ def parse(arguments):
 
 def check(args, typed):
     """Refuse options that contradict each other. typed: names of those that are not the default."""
-    require(args.n >= 1, "--n must be at least 1")
-    require(min(args.npz, args.seed) >= 0, "--npz and --seed must be at least 0")
+    check_range(args, ["n"], 1)
+    check_range(args, ["npz", "seed"], 0)
     require(
         not args.export or typed <= {"export", "weights", "out"},
         "--export takes --weights and --out alone; choose a truncation when you draw",
     )
-    require(not args.npz or args.sheet == "classes", "--npz draws no --sheet: leave out one")
+    require(not args.npz or not typed & {"sheet", "n"}, "--npz takes no --sheet and no --n")
     require(
         args.sheet != "truncation" or args.trunc is None,
         "--sheet truncation needs no --trunc: leave out one",
@@ -244,8 +251,9 @@ def main(arguments):
     if args.export:
         export(args.weights, args.out)
     else:
-        G = read_generator(args.weights)
-        classes = class_indices(args.classes or ["all"], G.classes)
+        wanted = args.classes or ["all"]
+        G = read_generator(args.weights, wanted)
+        classes = class_indices(wanted, G.classes)
         start_processes()
         if args.npz:
             G.set_truncation(args.trunc)
@@ -392,7 +400,7 @@ class Weights:
     G_ema: dict                             # name -> tensor
     classes: list = None                    # names of the classes
     G: dict = None                          # to train on, where it is at hand
-    D: dict = None
+    D: dict = None                          # the same
     statistics: dict = None                 # batch norm's: name -> (C,) or (truncations, C)
     scaled_noise: bool = False              # BigGAN-deep's: truncation scales the noise
 
@@ -400,7 +408,13 @@ class Weights:
 CACHE = Path(torch.hub.get_dir(), "biggan")         # in ~/.cache/torch
 DEEP_URL = "https://s3.amazonaws.com/models.huggingface.co/biggan/{}-pytorch_model.bin"
 
-BY_NAME = {name: DEEP_URL.format(name) for name in MODELS if "deep" in name}
+# The published files, and the sha256 of those that could be checked.
+PUBLISHED = {
+    "biggan-deep-128": None,
+    "biggan-deep-256": "5900ef4065047e3aa0d1b66197b7f2664dceb59b27080e414ad57e203c485bc5",
+    "biggan-deep-512": None,
+}
+BY_NAME = {name: DEEP_URL.format(name) for name in PUBLISHED}
 BY_NAME["shapes"] = f"{HERE}/docs/shapes.pt"
 
 # What others call a tensor, as a pattern, and what it is called here. Applied from top to bottom.
@@ -494,13 +508,13 @@ def from_deep(state):
     return Weights(config, state, statistics=tables, scaled_noise=True)
 
 
-def from_port(state, path):
+def from_port(state, path, to_train):
     """Weights of the PyTorch code by the paper's author: G_ema.pth or G.pth, D.pth beside it."""
     G = rename(state, PORT_NAMES)
     D = None
     beside = path.with_name(re.sub("^G(_ema)?", "D", path.name))
-    if beside != path and beside.is_file():
-        D = rename(read_tensors(beside), PORT_NAMES)
+    if to_train and beside != path and beside.is_file():
+        D = rename(unwrapped(read_tensors(beside)), PORT_NAMES)
     resolution = 4 * 2**count_blocks(G)
     model = MODELS[f"biggan{resolution}"]
     config = dataclasses.replace(
@@ -514,29 +528,37 @@ def from_port(state, path):
     return Weights(config, G, D=D, statistics=statistics_of(G))
 
 
-def from_own(content):
+def from_own(content, to_train):
     """Weights of a checkpoint of train.py, or of a file that --export wrote."""
-    G_ema = content["G_ema"]
-    return Weights(
-        ModelConfig(**content["model"]),
-        G_ema,
-        content["classes"],
-        G=content.get("G"),
-        D=content.get("D"),
-        statistics=statistics_of(G_ema) if "standing" in content else None,
-    )
+    G_ema = unwrapped(content["G_ema"])
+    found = Weights(ModelConfig(**content["model"]), G_ema, content["classes"])
+    if "standing" in content:
+        found.statistics = statistics_of(G_ema)
+    if to_train:
+        found.G = content.get("G")
+        found.D = content.get("D")
+    return found
 
 
-def read_weights(weights=None):
-    """--weights, or None for the newest run -> Weights, whose shapes and numbers are checked."""
-    content, path = find_weights(weights)
+def unwrapped(state):
+    """A state dict without what DataParallel, DDP and torch.compile put before each name."""
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): p for name, p in state.items()}
+
+
+def read_weights(weights=None, wanted=("all",), to_train=False):
+    """What --weights takes, or None -> Weights, whose shapes and numbers are checked.
+
+    wanted: the classes asked for, which decide what None means. to_train: also read what is only
+    needed to train on, if it is there."""
+    content, path = find_weights(weights, wanted)
     try:
+        content = unwrapped(content)
         if "G_ema" in content:
-            found = from_own(content)
+            found = from_own(content, to_train)
         elif "embeddings.weight" in content:
             found = from_deep(content)
         else:
-            found = from_port(content, path)
+            found = from_port(content, path, to_train)
         if found.classes is None:
             found.classes = class_names(found.config.n_classes)
         check_weights(found)
@@ -560,16 +582,21 @@ def check_weights(found):
         require(not wrong, f"{wrong} are not finite")
 
 
-def find_weights(weights):
+def find_weights(weights, wanted=("all",)):
     """What was typed after --weights, or None -> the content of the file, and its path."""
     if weights is None:
-        weights = newest_run()
-        if weights is None:
-            weights = "biggan-deep-256"
-        say(f"drawing with {weights}; --weights chooses another")
+        found = newest_run(wanted)
+        if found:
+            return found
+        weights = "biggan-deep-256"
+        say(f"drawing with {weights}, as no run in runs/ has these classes")
     source = BY_NAME.get(weights, str(weights))
+    if source != weights and os.path.exists(weights):
+        warn(f"{weights} is the name of published weights; for what lies there, type ./{weights}")
+    if weights in PUBLISHED:                # refuse a wrong class before anything is fetched
+        class_indices(wanted, class_names(1000))
     if "://" in source:
-        path = fetch(source, CACHE / re.sub(r"\W+", "-", source))
+        path = fetch(source, CACHE / re.sub(r"\W+", "-", source), PUBLISHED.get(weights))
     else:
         path = Path(source)
     if checkpoints_of(path):
@@ -582,11 +609,23 @@ def find_weights(weights):
     return read_tensors(path), path
 
 
-def newest_run():
-    """The folder in runs/ in which a checkpoint was written last, or None."""
-    paths = Path("runs").glob("*/checkpoints/step-*.pt")
-    newest = max(paths, key=os.path.getmtime, default=None)
-    return newest.parent.parent if newest else None
+def newest_run(wanted):
+    """The newest checkpoint and its path, of the newest run in runs/ with these classes, or None.
+    """
+    def last_written(folder):
+        return os.path.getmtime(checkpoints_of(folder)[-1])
+
+    runs = [folder for folder in Path("runs").glob("*") if checkpoints_of(folder)]
+    for folder in sorted(runs, key=last_written, reverse=True):
+        try:
+            described = json.loads(Path(folder, "config.json").read_text())
+            class_indices(wanted, described["classes"])
+            found = newest_checkpoint(folder)
+        except (UserError, OSError, LookupError, TypeError, ValueError):
+            continue                        # it has other classes, or cannot be read
+        say(f"drawing with {folder}, the newest run with these classes; --weights chooses another")
+        return found
+    return None
 
 
 def checkpoints_of(run_folder):
@@ -611,29 +650,49 @@ def newest_checkpoint(run_folder):
 
 def read_tensors(path):
     """What torch.save wrote, if it is tensors and plain values. Never runs code from the file."""
-    try:
+    with decoding(path, "is damaged, no file of weights, or holds more than tensors and plain "
+                        "values and could run code"):
         zipped = zipfile.is_zipfile(path)   # torch's format since 2020, with checksums
         if zipped and zipfile.ZipFile(path).testzip():
             raise ValueError("wrong checksum")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception:                       # torch and zipfile raise what their parsers do
-        raise UserError(
-            f"{path} was not loaded: it is damaged, no file of weights, or holds more than "
-            "tensors and plain values and could run code"
-        ) from None
 
 
-def fetch(url, path, hash_prefix=None):
-    """Download a file once, by the first process of each machine. Returns the path."""
-    if LOCAL_RANK == 0 and not path.exists():
+@contextmanager
+def decoding(path, what):
+    """Whatever a decoder raises becomes a UserError: the file is no such file.
+
+    What the file system says, an OSError with a number, is no fault of the file. It goes on."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None):
+            raise
+        reason = str(error).partition("\n")[0][:100]
+        raise UserError(f"{path} {what} ({reason})") from None
+
+
+def fetch(url, path, sha256=None):
+    """Download a file once, by the first process of each machine. Returns the path.
+
+    sha256: its checksum, or the beginning of it. A file that lies there is checked as well."""
+    if LOCAL_RANK > 0:
+        return wait_for(path)
+    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        print("fetching", url, file=sys.stderr)
-        show = sys.stderr.isatty()
+        tell(sys.stderr, "fetching", url)
         try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=show)
-        except Exception as error:          # no network, no such file, another hash
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        except Exception as error:          # no network, no such file
             raise UserError(f"{url}: {error}; fetch it elsewhere and put it at {path}") from None
-    return wait_for(path)
+    if sha256:
+        with open(path, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        require(
+            found.startswith(sha256),
+            f"{path} is not {url}, or only a part of it; delete it to fetch it again",
+        )
+    return path
 
 
 def wait_for(path):
@@ -663,12 +722,34 @@ def command_line(description):
     )
 
 
+def check_range(args, names, low, high=math.inf):
+    """Refuse options outside [low, high). None is an option that was not given."""
+    for name in names:
+        value = getattr(args, name)
+        inside = value is None or low <= value < high       # a NaN is not
+        limit = "" if high == math.inf else f" and less than {high}"
+        option = name.replace("_", "-")
+        require(inside, f"--{option} {value} must be at least {low}{limit}")
+
+
 def run(main):
     """Run a command, and end the process with its status."""
+    if sys.stdout is None:                  # closed: print into nothing
+        sys.stdout = open(os.devnull, "w")
+    # A folder may have a name that is no text. It is printed with backslashes.
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return main(sys.argv[1:])
+        set_by_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}
+        require(
+            WORLD_SIZE == 1 or set_by_torchrun,
+            f"WORLD_SIZE is {WORLD_SIZE}, but not set by torchrun: unset it, or use torchrun",
+        )
+        main(sys.argv[1:])
+        status = 0
     except Exception as error:
         status = report(error)
+    # All that can be printed has been. Python would try again, and end with status 120.
+    sys.stdout = None
     # The usual exit would wait for the workers that load data. They ignore signals to stop.
     if multiprocessing.active_children():
         os._exit(status)
@@ -684,23 +765,31 @@ def report(error):
     elif isinstance(error, UserError) or names_a_file:
         sentence = " ".join(str(error).split())
     else:
-        traceback.print_exc()
+        tell(sys.stderr, traceback.format_exc())
         return 1
     # Before `start_processes`, all find the same mistake, and the first of each machine says it.
     # After it, the others are silent, see `give_up`. Memory may run out on a single GPU.
     if no_memory or processes() > 1 or LOCAL_RANK == 0:
-        print("error:", sentence, file=sys.stderr)
+        tell(sys.stderr, "error:", sentence)
     return 2
 
 
-def say(*words):
-    """Print, in the first process only."""
+def tell(stream, *words, end="\n"):
+    """Print, if possible. A closed terminal or a full disk behind `stream` ends no run."""
+    try:
+        print(*words, file=stream, end=end, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+def say(*words, end="\n"):
+    """Tell, in the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(*words, flush=True)
+        tell(sys.stdout, *words, end=end)
 
 
 def warn(*words):
-    print("warning:", *words, file=sys.stderr, flush=True)
+    tell(sys.stderr, "warning:", *words)
 
 
 def progress(items, total, what):
@@ -732,7 +821,8 @@ def check_output(path, suffix):
 def save_atomically(path, write):
     """write(file) under another name, then rename: whoever opens `path` finds a whole file."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    # A name that no other process uses, which may write the same file.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as f:
             write(f)
@@ -750,8 +840,8 @@ def save_text(path, text):
 # ---------------------------------------------------------------------------- devices and processes
 
 # Set by torchrun: the number of processes, and this one's number on its machine.
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 
 
 def pick_device():
@@ -789,7 +879,7 @@ def stop_processes():
 def rows_of_this_process(n, at_once, what):
     """Yield this process's part of the rows 0 to n - 1, some at once, and say how far it is."""
     own = np.array_split(np.arange(n), processes())[rank()]
-    n_blocks = math.ceil(len(own) / at_once)
+    n_blocks = max(1, math.ceil(len(own) / at_once))        # one, if it is empty
     return progress(np.array_split(own, n_blocks), n_blocks, what)
 
 
@@ -809,8 +899,9 @@ def keep_freed_memory():
     costs training 10 to 25% of its time, and drawing up to half."""
     if sys.platform == "linux" and not torch.cuda.is_available():
         c_library = ctypes.CDLL(None)
-        c_library.mallopt(-4, 0)            # M_MMAP_MAX: no block outside the heap
-        c_library.mallopt(-1, -1)           # M_TRIM_THRESHOLD: keep all of it
+        if hasattr(c_library, "mallopt"):   # glibc's
+            c_library.mallopt(-4, 0)        # M_MMAP_MAX: no block outside the heap
+            c_library.mallopt(-1, -1)       # M_TRIM_THRESHOLD: keep all of it
 
 
 if __name__ == "__main__":

@@ -22,21 +22,22 @@ order it comes."""
 
 import copy
 import dataclasses
+import io
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import tarfile
+import time
 import warnings
-import zipfile
 import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -71,8 +72,10 @@ from biggan import (
 from sample import (
     LOCAL_RANK,
     WORLD_SIZE,
+    check_range,
     checkpoints_of,
     command_line,
+    decoding,
     draw_seeds,
     fetch,
     gather_rows,
@@ -205,6 +208,7 @@ def parse_settings(arguments):
     parser = make_parser()
     # The first parsing finds the preset; the second one, below, has the preset's defaults.
     typed = parser.parse_args(arguments)
+    check_typed({name for name, value in vars(typed).items() if value != parser.get_default(name)})
     preset = {"out": f"runs/{typed.preset}", **PRESETS[typed.preset]}
     if typed.data:
         preset["held_out"] = None       # the preset's held-out images belong to its data
@@ -464,38 +468,44 @@ def train(trainer, data, held_out, args):
     signals = catch_signals()           # a list, empty until a signal arrives
     real_batches = batches(data, args, trainer.step, trainer.device)
     real_examples = some_images(data, args.seed, n=64, n_classes=8)
+    judged = images_to_judge(trainer, data, held_out, args)
     lines = read_log(args.out, trainer.step)
     logged = []                         # what each step since the last line has logged
-    started = perf_counter()
+    started = time.perf_counter()
     saved = trainer.step
     collapse = None                     # a sentence, once the first process sees one
+    problem = ""                        # a sentence, once a process cannot go on
     while trainer.step < args.steps:
-        logged.append(trainer.train_step(real_batches))
+        real, problem = next_batches(real_batches, args.d_steps)
+        if in_any_process(signals or collapse or problem):
+            break
+        logged.append(trainer.train_step(iter(real)))
         if is_due(args.log_every) or is_due(args.eval_every):
             line = line_of(trainer, logged, started)
             if rank() == 0:
                 line["diversity"] = diversity(trainer, *real_examples)
                 line["sigma_0"] = singular_values(trainer.G.linear.weight, 1).item()
                 if is_due(args.eval_every):
-                    line |= evaluate(trainer, data, held_out, args)
+                    line |= evaluate(trainer, judged)
                 lines.append(line)
                 write_log(args, lines)
                 collapse = sign_of_collapse(lines, args)
             logged = []
-            started = perf_counter()
+            started = time.perf_counter()
         if is_due(args.sample_every):
             save_samples(trainer, args)
         if is_due(args.save_every) and not collapse:
             if save_checkpoint(trainer, data.classes, args):
                 saved = trainer.step
-        if in_any_process(signals or collapse):
-            break
 
     if in_any_process(collapse):
         give_up(f"collapse at step {trainer.step}: {collapse}. The last step saved is {saved}; "
                 f"metrics.py --weights {args.out}/checkpoints/*.pt says which is best")
     if saved < trainer.step and not save_checkpoint(trainer, data.classes, args):
         raise UserError(f"step {trainer.step} is not saved; make room, then type the same command")
+    problems = [text for text in gather_rows([[problem]]) if text]
+    if problems:
+        give_up(f"{problems[0]}; step {trainer.step} is saved, the same command continues")
     how = "done" if trainer.step >= args.steps else "stopped"
     say(f"\n{how} after {trainer.step} steps; the same command continues, also with more --steps")
 
@@ -517,13 +527,13 @@ def main(arguments):
     if checkpoint:
         config = ModelConfig(**checkpoint["model"])     # an edit of MODELS needs another --out
     elif args.init:
-        initial = read_weights(args.init)
+        initial = read_weights(args.init, to_train=True)
         config = initial.config
     else:
         config = model_config(args)
     data = open_data(args.data, config.resolution)
     if args.pack:
-        return pack(data, args.pack, args.workers or os.cpu_count())
+        return pack(data, args.pack, os.cpu_count() if args.workers is None else args.workers)
     held_out = open_held_out(args, data)
     config = dataclasses.replace(config, n_classes=len(data.classes))
     names = ", ".join(data.classes)[:80]
@@ -570,14 +580,13 @@ def open_held_out(args, data):
 
 def check_settings(args):
     """Refuse settings that cannot work, or not together."""
-    every = (args.log_every, args.eval_every, args.sample_every, args.save_every, args.keep_every)
-    counts = (args.steps, args.micro_batch, args.d_steps, args.keep, *every)
-    weights = (args.g_lr, args.d_lr, args.ortho, args.r1, args.seed)
-    require(min(counts) >= 1, "--batch, --steps, --keep and counts of steps must be at least 1")
-    require(
-        all(weight >= 0 for weight in weights),     # no NaN, either
-        "rates, penalties and --seed must be at least 0",
-    )
+    counts = "batch ch d_steps eval_every keep keep_every log_every micro_batch sample_every "
+    counts += "save_every steps"
+    weights = "d_lr g_lr ortho r1 seed shared_dim sigma_fixed sigma_pull sigma_ratio workers"
+    check_range(args, counts.split(), 1)
+    check_range(args, weights.split(), 0)
+    check_range(args, ["beta1", "beta2", "ema"], 0, 1)
+    check_range(args, ["flip"], 0, 1.001)
     require(args.data, "--data DIR is missing, a folder with one sub-folder of images per class")
     require(
         args.batch % args.micro_batch == 0,
@@ -601,6 +610,15 @@ def check_settings(args):
     if args.model:
         ch = model_config(args).ch
         require(ch % 8 == 0, "--ch must be a multiple of 8: attention uses an eighth of it")
+
+
+def check_typed(typed):
+    """Refuse options that another one would make ignored. typed: the names of those given."""
+    ignored = typed & {"model", "ch", "shared_dim"} if "init" in typed else set()
+    if "pack" in typed:
+        ignored = typed - {"pack", "preset", "data", "model", "workers"}
+    names = ", ".join("--" + name.replace("_", "-") for name in sorted(ignored))
+    require(not ignored, f"{names}: not together with --pack or --init, which would ignore it")
 
 
 def model_config(args, n_classes=1):
@@ -717,12 +735,12 @@ def collapse_in(lines):
     D_loss = mean_of(recent, "D_loss")
     best = min(1, max(line["diversity"] for line in earlier))
     sigmas = [line["sigma_0"] for line in recent]
-    if diversity < MIN_DIVERSITY * best:
+    if not diversity >= MIN_DIVERSITY * best:       # written so that a NaN is a sign, too
         change = f"diversity {diversity:.2f}, before {best:.2f}"
         return f"images of one class have become alike: {change}"
     if 0 <= D_loss < MIN_D_LOSS:        # below 0: Wasserstein's, which is no such sign
         return f"D is never wrong any more: its loss is {D_loss:.4f}"
-    if sigmas[-1] > MAX_GROWTH * min(sigmas):
+    if not sigmas[-1] <= MAX_GROWTH * min(sigmas):
         growth = f"from {min(sigmas):.3g} to {sigmas[-1]:.3g}"
         return f"sigma_0 of G's first layer explodes, {growth}"
     return None
@@ -792,7 +810,12 @@ def read_log(out, step):
     path = Path(out, "log.jsonl")
     if not path.exists():
         return []
-    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:              # half a line, of another program
+            warn(f"{path} has a line that cannot be read: {text:.40}")
     return [line for line in lines if line["step"] <= step]
 
 
@@ -809,7 +832,7 @@ def line_of(trainer, logged, started):
     """The line of the log for some steps: the means of what they have logged, and their time."""
     line = {"step": trainer.step, **means_of(logged)}
     stop_if_not_finite(trainer, line)
-    line["seconds_per_step"] = (perf_counter() - started) / len(logged)
+    line["seconds_per_step"] = (time.perf_counter() - started) / len(logged)
     return line
 
 
@@ -823,18 +846,26 @@ def means_of(logged):
     return dict(zip(logged[0], means.tolist()))
 
 
-def evaluate(trainer, data, held_out, args):
+def images_to_judge(trainer, data, held_out, args):
+    """Images whose accuracy by D the log has: its name -> images, labels. Read once.
+
+    (Without a threshold, as for Wasserstein's loss, only differences of logits mean anything.)"""
+    if rank() > 0 or not held_out or trainer.threshold is None:
+        return {}
+    return {
+        "D_accuracy": some_images(data, args.seed, 512, 64),
+        "D_accuracy_held_out": some_images(held_out, args.seed, 512, 64),
+    }
+
+
+def evaluate(trainer, judged):
     """Singular values of every weight; does D know its training images by heart?"""
     sigma = {}
     for letter, network in ("G", trainer.G), ("D", trainer.D):
         for name, layer in matrix_layers(network).items():
             sigma[f"{letter}.{name}"] = singular_values(layer.weight).tolist()
-    found = {"sigma": sigma}
-    # (Without a threshold, as for Wasserstein's loss, only differences of logits mean anything.)
-    if held_out and trainer.threshold is not None:
-        for name, images in ("D_accuracy", data), ("D_accuracy_held_out", held_out):
-            found[name] = accuracy(trainer, *some_images(images, args.seed, 512, 64))
-    return found
+    accuracies = {name: accuracy(trainer, *images) for name, images in judged.items()}
+    return {"sigma": sigma, **accuracies}
 
 
 def show(line, args):
@@ -846,7 +877,7 @@ def show(line, args):
     for name in "D_real", "D_fake", "G_loss", "diversity", "D_accuracy":
         if name in line:
             words += f"  {name} {line[name]:.2f}"
-    print(words, end="\033[K\r" if sys.stdout.isatty() else "\n", flush=True)
+    say(words, end="\033[K\r" if sys.stdout.isatty() else "\n")
 
 
 # --------------------------------------------------------------------------------------- the folder
@@ -876,10 +907,14 @@ def prepare_folder(out, described):
     if fcntl:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise UserError(
                 f"another process is at work in {out}; stop it or choose another --out"
             ) from None
+        except OSError as error:        # a disk without locks
+            warn(f"{out} cannot be locked ({error}): start no other run in it")
+    for path in Path(out).glob("**/*.tmp"):
+        path.unlink()                   # left of a process that was killed
     text = json.dumps(described, indent=1)
     save_text(Path(out, "config.json"), text)
     return lock
@@ -1034,11 +1069,14 @@ def batches(data, args, step, device):
     on_gpu = device.type == "cuda"
     workers = args.workers
     if workers is None:
-        workers = 8 if on_gpu else 0
+        workers = (8 if isinstance(data, ImageFolder) else 2) if on_gpu else 0
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
     loader = torch.utils.data.DataLoader(
         data,
         batch_sampler=in_order(len(data), args.batch, first * args.batch, args.seed, rows),
         num_workers=workers,
+        # A forked worker shares the data set. Any other would be sent a copy.
+        multiprocessing_context="fork" if workers and can_fork else None,
         pin_memory=on_gpu,
         worker_init_fn=ignore_signals,
     )
@@ -1048,6 +1086,19 @@ def batches(data, args, step, device):
         mirrored = torch.rand(args.batch, generator=mirror)[rows] < args.flip
         mirrored = to_device(mirrored, device).view(-1, 1, 1, 1)
         yield torch.where(mirrored, x.flip(3), x), to_device(labels, device)
+
+
+def next_batches(real_batches, n):
+    """The next n batches, and what is wrong if they cannot be had: a list, a sentence or ""."""
+    try:
+        return [next(real_batches) for _ in range(n)], ""
+    except UserError as error:          # from a worker it comes after the worker's traceback
+        return [], str(error).rpartition("UserError: ")[2]
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        return [], ("a process that reads images was killed: there is too little memory, or shared "
+                    "memory (docker run --shm-size 2g); or give fewer --workers")
 
 
 def ignore_signals(worker):
@@ -1070,7 +1121,7 @@ def to_network(images, device):
 
 def some_images(data, seed, n, n_classes):
     """At most n images, of some classes chosen at random: (n, R, R, 3) uint8, labels (n,)."""
-    chosen = np.random.default_rng(seed).permutation(len(data.classes))[:n_classes]
+    chosen = np.random.default_rng(seed).permutation(np.unique(data.labels))[:n_classes]
     pairs = []
     for y in chosen:
         rows = np.flatnonzero(data.labels == y)[:n // len(chosen)]
@@ -1081,26 +1132,30 @@ def some_images(data, seed, n, n_classes):
 
 # ---------------------------------------------------------------------------------------- data sets
 
-def open_data(source, resolution=None, held_out=False):
+def open_data(source, resolution=None, held_out=False, labelled=True):
     """`shapes`, a packed folder, an array FILE.npz, or a folder of images, as a data set.
 
-    resolution: that of the images; None for their own."""
+    resolution: that of the images; None for their own. labelled: are their classes needed?"""
     path = Path(source)
     if source == "shapes":
+        if path.exists():
+            warn("shapes are the drawn ones; for what lies in the folder, type ./shapes")
         return Shapes(resolution or 32, held_out)
-    if source == "data/cifar10" and not (path / "packed.json").exists():
-        if LOCAL_RANK == 0:
-            fetch_cifar10(path.parent)
-        wait_for(path / "packed.json")
-    try:
-        if path.suffix == ".npz":
-            data = Arrays(*read_npz(path).values())
-        elif (path / "packed.json").exists():
+    if path == Path("data/cifar10"):
+        prepare_cifar10(path)
+    if path.suffix == ".npz":
+        images, labels, classes = read_npz(path, "images", "labels", "classes")
+        require(images is not None, f"{path} holds no images, as arr_0, x or images")
+        if not labelled:
+            labels = np.zeros(len(images), int)
+        require(labels is not None, f"{path} holds no labels of its images, as arr_1, y or labels")
+        with decoding(path, "does not hold images and labels"):
+            data = Arrays(images, labels, classes)
+    elif (path / "packed.json").exists():
+        with decoding(path, "is no packed folder"):
             data = Packed(path)
-        else:
-            data = ImageFolder(path, resolution)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source} does not hold images and labels: {error}") from None
+    else:
+        data = ImageFolder(path, resolution)
     require(
         resolution in (None, data.resolution),
         f"{source} has images of {data.resolution} pixels, not {resolution}; make it again",
@@ -1108,12 +1163,23 @@ def open_data(source, resolution=None, held_out=False):
     return data
 
 
-def read_npz(path):
-    """Name -> array, of a file that np.savez wrote. An array is read when it is asked for."""
-    try:
-        return np.load(path)
-    except (ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} does not hold arrays: {error}") from None
+NPZ_NAMES = {                           # what is called how, here and by other programs
+    "images": ["images", "arr_0", "x"],
+    "labels": ["labels", "arr_1", "y"],
+    "classes": ["classes", "arr_2"],
+    "mu": ["mu"],
+    "sigma": ["sigma"],
+}
+
+
+def read_npz(path, *wanted):
+    """The arrays of a file that np.savez wrote, as in NPZ_NAMES; None for those it lacks."""
+    with decoding(path, "does not hold arrays"), np.load(path) as stored:
+        found = []
+        for name in wanted:
+            keys = [key for key in NPZ_NAMES[name] if key in stored]
+            found.append(stored[keys[0]] if keys else None)
+        return found
 
 
 class DataSet:
@@ -1122,21 +1188,47 @@ class DataSet:
     def __len__(self):
         return len(self.labels)
 
+    def image(self, i):
+        """Image i alone, or None if it cannot be read."""
+        return self[i][0]
+
 
 class Arrays(DataSet):
-    """Images (N, R, R, 3) uint8, labels (N,) and the names of the classes."""
+    """Images in a common layout, labels (N,) and the names of the classes."""
 
     def __init__(self, images, labels, classes=None):
-        self.images = images
+        self.images = as_pixels(images)
         self.labels = np.asarray(labels)
-        self.classes = classes
+        n = len(self.images)
+        integers = self.labels.dtype.kind in "iu"
+        require(self.labels.shape == (n,) and integers, f"not one whole number for each of {n}")
         if classes is None:
-            self.classes = [str(k) for k in range(self.labels.max() + 1)]
-        self.resolution = images.shape[1]
+            classes = range(min(n, self.labels.max() + 1))
+        self.classes = [str(name) for name in classes]
+        inside = 0 <= self.labels.min() and self.labels.max() < len(self.classes)
+        require(inside, f"labels must be 0 to {len(self.classes) - 1}")
+        self.resolution = self.images.shape[1]
 
     def __getitem__(self, i):
         # np.array makes a copy, which may be written to.
         return np.array(self.images[i]), int(self.labels[i])
+
+
+def as_pixels(images):
+    """Images (N, 3, R, R), or grey (N, R, R) or (N, 1, R, R) -> (N, R, R, 3). All are uint8."""
+    shape = images.shape
+    if images.ndim == 3:
+        images = images[..., None]      # (N, R, R, 1)
+    if images.ndim == 4 and images.shape[1] in (1, 3):
+        images = images.transpose(0, 2, 3, 1)
+    if images.shape[3:] == (1,):
+        images = images.repeat(3, axis=3)
+    N, H, W, C = images.shape
+    require(
+        images.dtype == np.uint8 and N > 0 and H == W and C == 3,
+        f"{images.dtype} of shape {shape}; images must be uint8, 0 to 255, of shape (N, R, R, 3)",
+    )
+    return images
 
 
 class Packed(Arrays):
@@ -1156,39 +1248,50 @@ def pack(data, folder, workers=0):
     """Decode a data set once, into a packed folder. If it is interrupted, start again."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # An interrupted attempt may have left these.
-    interrupted = {"images.npy", "packed.json.tmp"}
-    others = {path.name for path in folder.iterdir()} - interrupted
-    require(not others, f"{folder} holds other files, or is packed already; choose another")
+    require(not own_files(folder), f"{folder} holds other files; choose another")
+    done = (folder / "packed.json").exists()
+    require(not done, f"{folder} is packed already; choose another")
     shape = (len(data), data.resolution, data.resolution, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     loader = torch.utils.data.DataLoader(data, batch_size=64, num_workers=workers)
     data[0]                             # if no image can be read, the error comes here
     labels = []
-    with open(folder / "images.npy", "wb") as f:
+
+    def write(f):
         np.lib.format.write_array_header_1_0(f, header)
         if hasattr(os, "posix_fallocate"):  # a disk that is too small says so now
             os.posix_fallocate(f.fileno(), 0, f.tell() + math.prod(shape))
         for images, some_labels in progress(loader, len(loader), "packing"):
             f.write(images.numpy())
-            labels += some_labels.tolist()
-        f.flush()
-        os.fsync(f.fileno())
+            labels.extend(some_labels.tolist())
+
+    save_atomically(folder / "images.npy", write)
     text = json.dumps({"labels": labels, "classes": data.classes})
     save_text(folder / "packed.json", text)
     say("packed:", folder)
+
+
+def own_files(folder):
+    """Names in a folder other than those of `pack`, and of its attempts that were interrupted."""
+    return [name for name in os.listdir(folder) if not name.startswith(("images.npy", "packed."))]
 
 
 class ImageFolder(DataSet):
     """A folder with one sub-folder of images per class, in sorted order, or of images of one class.
 
     Any type, colour mode and size that Pillow opens. A file that cannot be decoded is named in a
-    warning and replaced by the next. resolution None: the largest power of two in the first."""
+    warning and replaced by the next. resolution None: each image has its own size."""
 
     def __init__(self, root, resolution):
         folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
-        if not folders:
+        beside = images_in(root)
+        if folders and beside:
+            warn(f"{root}: {len(beside)} images beside the sub-folders of classes are left out")
+        if folders:
+            self.classes = [folder.name for folder in folders]
+        else:
             folders = [root]
+            self.classes = ["images"]   # one name, wherever they lie
         files = []
         labels = []
         for label, folder in enumerate(folders):
@@ -1204,24 +1307,28 @@ class ImageFolder(DataSet):
         # reading a Python object writes to its memory, as references to it are counted there.
         self.paths = np.array(files, dtype=bytes)
         self.labels = np.array(labels)
-        self.classes = [folder.name for folder in folders]
         self.resolution = resolution
-        if resolution is None:
-            self.resolution = resolution_of(os.fsdecode(files[0]))
         self.broken = set()
+
+    def image(self, i):
+        if i in self.broken:
+            return None
+        path = os.fsdecode(self.paths[i])
+        content = read_patiently(path)
+        try:
+            with decoding(path, "was skipped"):
+                return decode_image(content, self.resolution)
+        except UserError as error:
+            self.broken.add(i)
+            warn(error)
+            return None
 
     def __getitem__(self, i):
         n = len(self)
         for k in range(i, i + n):
-            k = k % n
-            if k in self.broken:
-                continue
-            path = os.fsdecode(self.paths[k])
-            try:
-                return load_image(path, self.resolution), int(self.labels[k])
-            except Exception as reason:     # Pillow raises whatever its decoders do
-                self.broken.add(k)
-                warn(f"skipped {path}: {reason}")
+            image = self.image(k % n)
+            if image is not None:
+                return image, int(self.labels[k % n])
         raise UserError("none of the images can be read")
 
 
@@ -1229,27 +1336,36 @@ def images_in(folder):
     """The files of a folder that Pillow can open, by their endings: sorted paths, as bytes."""
     known = Image.registered_extensions().items()
     endings = {ending for ending, kind in known if kind in Image.OPEN}
-    visible = [path for path in folder.iterdir() if path.name[0] != "."]
-    return sorted(bytes(path) for path in visible if path.suffix.lower() in endings)
+    with os.scandir(os.fsencode(folder)) as entries:
+        names = [entry.path for entry in entries if entry.is_file() and entry.name[:1] != b"."]
+    return sorted(name for name in names if Path(os.fsdecode(name)).suffix.lower() in endings)
 
 
-def resolution_of(path):
-    """The largest power of two that fits into this image."""
-    try:
-        size = Image.open(path).size
-    except OSError as reason:
-        raise UserError(f"{path} cannot be read: {reason}") from None
-    return 2**int(math.log2(min(size)))
+WAITS = [0.1, 0.3, 1, 3, 10, 20, 30]    # seconds between attempts to read a file
+
+
+def read_patiently(path):
+    """The bytes of a file. A disk may be away for a while, such as one on a network."""
+    for seconds in WAITS:
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            problem = error
+            warn(f"{error}; trying again in {seconds} s")
+            time.sleep(seconds)
+    raise UserError(f"{problem}, for a minute")
 
 
 Image.MAX_IMAGE_PIXELS = None           # the user's own files may have any size
 
 
-def load_image(path, resolution):
-    """Any image file -> (R, R, 3) uint8: its central square, area-averaged to R (appendix C)."""
-    with Image.open(path) as image:
-        # A large JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster.
-        image.draft(None, (2 * resolution, 2 * resolution))
+def decode_image(content, resolution=None):
+    """The bytes of any image file -> (R, R, 3) uint8: its central square, area-averaged to R
+    (appendix C). resolution None: as it is, (H, W, 3)."""
+    with Image.open(io.BytesIO(content)) as image:
+        if resolution:
+            # A large JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster.
+            image.draft(None, (2 * resolution, 2 * resolution))
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":       # 16-bit grey, which Pillow would clip to white
             raise ValueError("its pixels have more than 8 bits per colour")
@@ -1257,6 +1373,8 @@ def load_image(path, resolution):
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert("RGB")
+    if resolution is None:
+        return np.array(image)
     filtered = Image.Resampling.BICUBIC     # to enlarge
     if min(image.size) >= resolution:
         filtered = Image.Resampling.BOX     # to reduce: the mean of an area
@@ -1265,6 +1383,18 @@ def load_image(path, resolution):
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+
+
+def prepare_cifar10(path):
+    """Fetch CIFAR-10 into data/cifar10, unless something lies there already."""
+    if (path / "packed.json").exists():
+        return
+    if path.exists() and own_files(path):
+        say(f"{path} holds images of its own; CIFAR-10 would be fetched if it did not exist")
+        return
+    if LOCAL_RANK == 0:
+        fetch_cifar10(path.parent)
+    wait_for(path / "packed.json")
 
 
 def fetch_cifar10(folder):
