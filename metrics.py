@@ -31,7 +31,7 @@ from sample import (CACHE, check_output, check_range, command_line, draw_seeds, 
                     keep_freed_memory, pick_device, read_generator, read_tensors,
                     rows_of_this_process, run, save_atomically, save_text, say, start_processes,
                     stop_processes, warn)
-from train import open_data, read_npz
+from train import give_up, open_data, read_npz
 
 # ==================================================================================================
 # Part 1: scores
@@ -42,7 +42,7 @@ from train import open_data, read_npz
 
 def finite(numbers, what):
     """The numbers, none of which is NaN or infinite. From such, a score may look very good."""
-    require(np.isfinite(numbers).all(), f"{what} are not finite")
+    require(torch.as_tensor(numbers).isfinite().all(), f"{what} are not finite")
     return numbers
 
 
@@ -59,8 +59,6 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     eigenvalues, other than 0. With X = A and Y = A^T B B^T, those of C1 C2 = XY are those of
     YX = M M^T: the squares of the singular values of M. (A root of the matrix itself, which other
     codes take, may come out complex or fail.)"""
-    shapes = {np.shape(mu1), np.shape(mu2)}, {np.shape(cov1), np.shape(cov2)}
-    require(shapes == ({(len(mu1),)}, {(len(mu1), len(mu1))}), f"of different shapes: {shapes}")
     A = factor(np.asarray(cov1, np.float64))
     B = factor(np.asarray(cov2, np.float64))
     trace_of_root = np.linalg.svd(A.T @ B, compute_uv=False).sum()
@@ -388,16 +386,16 @@ def features_of(images, n, inception, what):
     one that cannot be read."""
     if inception is None:
         n = min(n, N_PATCHED)
-    sizes = [np.zeros((0, 2), int)]         # height and width of each image
+    sizes = []                              # height and width of each image
     pixels = []                             # the first images
-    kept = [np.zeros((0, 2048), np.float32)]
-    probs = [np.zeros((0, 1008), np.float32)]
+    kept = []
+    probs = []
     total = torch.zeros(2048, dtype=torch.float64)          # the sum of all features f
     products = torch.zeros(2048, 2048, dtype=torch.float64)     # and of all f f^T
     for rows in rows_of_this_process(n, 16, what):  # 16 images fit into a CPU's cache
         found = [(row, x) for row, x in zip(rows, images(rows)) if x is not None]
         sizes += [[x.shape[:2]] for _, x in found]
-        pixels += [x for row, x in found if row < N_PATCHED]
+        pixels += [x[None] for row, x in found if row < N_PATCHED]
         if inception is None:
             continue
         for _, same_size in groupby(found, lambda pair: pair[1].shape):
@@ -412,9 +410,10 @@ def features_of(images, n, inception, what):
             first = np.array(rows) < N_KEPT
             kept.append(f.cpu().numpy()[first])
             probs.append(p.cpu().numpy()[first])
-    sizes = gather_rows(sizes)
+    sizes = gather_rows(sizes)              # (n, 2)
     n = len(sizes)
-    require(n >= 8, f"{n} {what}: scores need at least 8")
+    if n < 8:
+        give_up(f"{n} {what} can be read; scores need at least 8")
     pixels = pixels_of_one_size(pixels, sizes, what)
     if inception is None:
         return Features(n, pixels=pixels)
@@ -428,7 +427,7 @@ def pixels_of_one_size(images, sizes, what):
     different, counts = np.unique(sizes, axis=0, return_counts=True)
     H, W = different[0]
     if len(different) == 1 and H == W >= 7:
-        return gather_rows([np.zeros((0, H, W, 3), np.uint8), *[x[None] for x in images]])
+        return gather_rows(images)
     if rank() == 0:
         listed = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(different[:9], counts))
         warn(f"{what} have no common size, square and from 7x7 on, for SWD ({listed})")
@@ -523,12 +522,12 @@ def read_statistics(args):
     mu, sigma = read_npz(args.data, "mu", "sigma")
     if mu is None or sigma is None:
         return None
-    shapes = (mu.shape, sigma.shape)
     require(
-        shapes == ((2048,), (2048, 2048)),
-        f"{args.data} has statistics of shapes {shapes}; mu must have (2048,), sigma (2048, 2048)",
+        mu.shape == (2048,) and sigma.shape == (2048, 2048),
+        f"{args.data}: mu must be (2048,), and sigma (2048, 2048), not {mu.shape}, {sigma.shape}",
     )
-    frechet_distance(mu, sigma, mu, sigma)          # refuses what are no statistics
+    finite(mu, f"mu in {args.data}")
+    finite(sigma, f"sigma in {args.data}")
     require(not args.save_stats, f"{args.data} has statistics already: leave out --save-stats")
     require(args.inception != "none", "statistics need Inception: leave out --inception none")
     return Features(0, mu, sigma)

@@ -650,8 +650,8 @@ def newest_checkpoint(run_folder):
 
 def read_tensors(path):
     """What torch.save wrote, if it is tensors and plain values. Never runs code from the file."""
-    with decoding(path, "is damaged, no file of weights, or holds more than tensors and plain "
-                        "values and could run code"):
+    what = "was not loaded: it is damaged, no file of weights, or holds more than tensors and "
+    with decoding(path, what + "plain values and could run code"):
         zipped = zipfile.is_zipfile(path)   # torch's format since 2020, with checksums
         if zipped and zipfile.ZipFile(path).testzip():
             raise ValueError("wrong checksum")
@@ -682,8 +682,9 @@ def fetch(url, path, sha256=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         tell(sys.stderr, "fetching", url)
         try:
-            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-        except Exception as error:          # no network, no such file
+            show = sys.stderr.isatty()
+            torch.hub.download_url_to_file(url, str(path), sha256, progress=show)
+        except Exception as error:          # no network, no such file, another checksum
             raise UserError(f"{url}: {error}; fetch it elsewhere and put it at {path}") from None
     if sha256:
         with open(path, "rb") as f:
@@ -738,20 +739,19 @@ def run(main):
         sys.stdout = open(os.devnull, "w")
     # A folder may have a name that is no text. It is printed with backslashes.
     sys.stdout.reconfigure(errors="backslashreplace")
+    status = 0
     try:
-        set_by_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}
+        by_torchrun = "RANK" in os.environ and "MASTER_ADDR" in os.environ
         require(
-            WORLD_SIZE == 1 or set_by_torchrun,
+            WORLD_SIZE == 1 or by_torchrun,
             f"WORLD_SIZE is {WORLD_SIZE}, but not set by torchrun: unset it, or use torchrun",
         )
         main(sys.argv[1:])
-        status = 0
     except Exception as error:
         status = report(error)
-    # All that can be printed has been. Python would try again, and end with status 120.
-    sys.stdout = None
-    # The usual exit would wait for the workers that load data. They ignore signals to stop.
-    if multiprocessing.active_children():
+    # The usual exit would wait for the workers that load data, which ignore signals to stop. And
+    # where nothing can be printed, it would end with status 120.
+    if multiprocessing.active_children() or not tell(sys.stdout, end=""):
         os._exit(status)
     sys.exit(status)
 
@@ -765,7 +765,7 @@ def report(error):
     elif isinstance(error, UserError) or names_a_file:
         sentence = " ".join(str(error).split())
     else:
-        tell(sys.stderr, traceback.format_exc())
+        tell(sys.stderr, traceback.format_exc(), end="")
         return 1
     # Before `start_processes`, all find the same mistake, and the first of each machine says it.
     # After it, the others are silent, see `give_up`. Memory may run out on a single GPU.
@@ -775,11 +775,12 @@ def report(error):
 
 
 def tell(stream, *words, end="\n"):
-    """Print, if possible. A closed terminal or a full disk behind `stream` ends no run."""
+    """Print, if possible: a closed terminal, or a full disk, ends no run. -> Was it possible?"""
     try:
         print(*words, file=stream, end=end, flush=True)
+        return True
     except (OSError, ValueError):
-        pass
+        return False
 
 
 def say(*words, end="\n"):
@@ -885,11 +886,11 @@ def rows_of_this_process(n, at_once, what):
 
 def gather_rows(blocks):
     """The rows that each process has computed, in blocks -> all rows, in every process."""
-    own = np.concatenate(blocks)
-    parts = [own] * processes()
+    parts = [blocks] * processes()
     if processes() > 1:
-        dist.all_gather_object(parts, own)
-    return np.concatenate(parts)
+        dist.all_gather_object(parts, blocks)
+    everything = [block for part in parts for block in part]
+    return np.concatenate(everything or [[]])
 
 
 def keep_freed_memory():

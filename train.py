@@ -614,11 +614,13 @@ def check_settings(args):
 
 def check_typed(typed):
     """Refuse options that another one would make ignored. typed: the names of those given."""
-    ignored = typed & {"model", "ch", "shared_dim"} if "init" in typed else set()
+    if "init" in typed:
+        decided = not typed & {"model", "ch", "shared_dim"}
+        require(decided, "--init decides the architecture: no --model, --ch and --shared-dim")
     if "pack" in typed:
-        ignored = typed - {"pack", "preset", "data", "model", "workers"}
-    names = ", ".join("--" + name.replace("_", "-") for name in sorted(ignored))
-    require(not ignored, f"{names}: not together with --pack or --init, which would ignore it")
+        enough = typed <= {"pack", "preset", "data", "model", "workers"}
+        require(enough, "--pack takes --data, --preset, --model and --workers alone")
+        require(WORLD_SIZE == 1, "--pack is done by one process, without torchrun")
 
 
 def model_config(args, n_classes=1):
@@ -1200,13 +1202,16 @@ class Arrays(DataSet):
         self.images = as_pixels(images)
         self.labels = np.asarray(labels)
         n = len(self.images)
-        integers = self.labels.dtype.kind in "iu"
-        require(self.labels.shape == (n,) and integers, f"not one whole number for each of {n}")
+        n_classes = n if classes is None else len(classes)
+        require(
+            self.labels.shape == (n,)
+            and self.labels.dtype.kind in "iu"
+            and 0 <= self.labels.min() <= self.labels.max() < n_classes,
+            f"labels must be {n} whole numbers from 0 to {n_classes - 1}, one for each image",
+        )
         if classes is None:
-            classes = range(min(n, self.labels.max() + 1))
+            classes = range(self.labels.max() + 1)
         self.classes = [str(name) for name in classes]
-        inside = 0 <= self.labels.min() and self.labels.max() < len(self.classes)
-        require(inside, f"labels must be 0 to {len(self.classes) - 1}")
         self.resolution = self.images.shape[1]
 
     def __getitem__(self, i):
@@ -1336,9 +1341,8 @@ def images_in(folder):
     """The files of a folder that Pillow can open, by their endings: sorted paths, as bytes."""
     known = Image.registered_extensions().items()
     endings = {ending for ending, kind in known if kind in Image.OPEN}
-    with os.scandir(os.fsencode(folder)) as entries:
-        names = [entry.path for entry in entries if entry.is_file() and entry.name[:1] != b"."]
-    return sorted(name for name in names if Path(os.fsdecode(name)).suffix.lower() in endings)
+    visible = [path for path in folder.iterdir() if path.name[0] != "."]
+    return sorted(bytes(path) for path in visible if path.suffix.lower() in endings)
 
 
 WAITS = [0.1, 0.3, 1, 3, 10, 20, 30]    # seconds between attempts to read a file
