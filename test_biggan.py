@@ -3640,6 +3640,579 @@ def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, module, argume
     assert os.listdir() == ["deep.bin"]                     # nothing was written
 
 
+# ==================================================================================================
+# What comes from outside: disks, terminals, files of others
+# ==================================================================================================
+
+# ------------------------------------------------------------------------ numbers that mean nothing
+
+TWO = np.eye(2)
+
+
+@pytest.mark.parametrize("score", [
+    lambda bad: metrics.frechet_distance([0, bad], TWO, [0, 0], TWO),
+    lambda bad: metrics.frechet_distance([0, 0], TWO, [0, 0], [[bad, 0], [0, 1]]),
+    lambda bad: metrics.inception_score([[0.5, bad], [1, 0]], 1),
+    lambda bad: metrics.kernel_distance([[bad], [1], [2]], [[0], [1], [2]]),
+    lambda bad: metrics.precision_recall(torch.ones(5, 1), torch.full((5, 1), bad)),
+    lambda bad: metrics.sliced_wasserstein(torch.full((3, 2), bad), torch.zeros(3, 2)),
+])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_score_is_made_of_a_number_that_is_not_finite(score, bad):
+    with pytest.raises(sample.UserError, match="not finite"):
+        score(bad)
+
+
+def test_what_has_a_negative_variance_is_no_covariance():
+    with pytest.raises(sample.UserError, match="negative"):
+        metrics.frechet_distance([0, 0], TWO, [0, 0], [[1, 0], [0, -1]])
+    close(metrics.frechet_distance([0, 0], TWO, [0, 0], [[1, 0], [0, -1e-9]]), 1)
+
+
+@pytest.mark.parametrize("name", ["diversity", "sigma_0"])
+def test_a_sign_of_collapse_that_is_not_a_number_is_one(name):
+    lines = [dict(step=s, diversity=1.0, D_loss=1.0, sigma_0=1.0) for s in range(0, 500, 50)]
+    assert train.collapse_in(lines) is None
+    lines[-1][name] = math.nan
+    assert train.collapse_in(lines)
+
+
+# ---------------------------------------------------------------------- a disk that does not answer
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 8 images of two classes."""
+    for label in "ab":
+        for i in range(4):
+            picture(tmp_path / "photos" / label, f"{i}.png", colour=(i, ord(label), 0))
+    return tmp_path / "photos"
+
+
+def move_back(folder, away, seconds):
+    threading.Timer(seconds, away.rename, [folder]).start()
+
+
+def test_a_file_that_is_away_for_a_moment_is_waited_for_and_not_forgotten(
+    photos, monkeypatch, warned
+):
+    monkeypatch.setattr(train, "WAITS", [0.05] * 100)
+    data = train.open_data(photos, 8)
+    away = photos.rename(photos.with_name("away"))
+    move_back(photos, away, 0.3)
+    image, label = data[6]
+    assert (image[0, 0].tolist(), label) == ([2, ord("b"), 0], 1)
+    assert not data.broken
+    assert "trying again" in str(warned[0])
+
+    # A file system may refuse in other ways, too.
+    monkeypatch.setattr(train, "WAITS", [0])
+    with monkeypatch.context() as broken_disk, pytest.raises(sample.UserError, match="Errno 5"):
+        def read(path):
+            raise OSError(5, "Input/output error", str(path))
+
+        broken_disk.setattr(Path, "read_bytes", read)
+        data[0]
+    assert data[0][1] == 0
+
+
+IMPATIENT = "import sample, sys, train; train.WAITS = [0.1, 0.1]; sample.run(train.main)"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_whose_images_stay_away_is_saved_and_continues_when_they_are_back(
+    photos, tmp_path, workers
+):
+    options = [*TINY, f"--data {photos} --workers {workers} --save-every 100000 --out"]
+    run = run_command("-c", IMPATIENT, *words([*options, tmp_path / "run", "--steps 100000"]))
+    wait_until((tmp_path / "run/log.jsonl").exists, run)
+    away = photos.rename(photos.with_name("away"))
+    _, errors = finish(run, status=2)
+    assert re.search("error: .*No such file.*, for a minute; step .* is saved", errors)
+    assert "Traceback" not in errors
+    step, = steps_kept(tmp_path / "run")
+    away.rename(photos)
+    start(*options, tmp_path / "run", f"--steps {step + 1}")
+    assert steps_kept(tmp_path / "run") == [step, step + 1]
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "a.pt").write_bytes(saved({"a": torch.ones(1)}))
+
+    def load(*arguments, **options):
+        raise OSError(5, "Input/output error", "a.pt")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(OSError, match="Input/output"):
+        sample.read_tensors(tmp_path / "a.pt")
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(photos, tmp_path, monkeypatch):
+    # So does a worker for which shared memory is too small.
+    def kill(self, i):
+        os.kill(os.getpid(), signal.SIGBUS)
+
+    monkeypatch.setattr(train.ImageFolder, "__getitem__", kill)
+    monkeypatch.setattr(train, "some_images", lambda *_, **__: [torch.zeros(1, 32, 32, 3), [0]])
+    monkeypatch.setattr(train, "images_to_judge", lambda *_: {})
+    with pytest.raises(sample.UserError, match="--shm-size.*step 0 is saved"):
+        start(*TINY, f"--data {photos} --workers 1 --steps 2 --out {tmp_path}/run")
+
+
+# --------------------------------------------------------------------- a screen that takes no words
+
+def test_a_run_goes_on_where_nothing_can_be_printed(tmp_path):
+    processes = []
+    for name in "a full disk", "closed", "a pipe without an end":
+        command = [sys.executable, HERE / "train.py", *TINY, "--steps", "2"]
+        command += ["--out", tmp_path / name]
+        if name == "closed":
+            command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+        stdout = open("/dev/full", "w") if name == "a full disk" else subprocess.PIPE
+        process = subprocess.Popen(
+            command, stdout=stdout, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        if process.stdout:
+            process.stdout.close()          # who reads the pipe is gone
+        processes.append((name, process))
+    for name, process in processes:
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
+        assert steps_kept(tmp_path / name) == [2]
+
+
+def test_ctrl_c_that_ends_the_reader_of_the_output_first_saves_all_the_same(tmp_path):
+    process = run_command("train.py", *TINY, f"--out {tmp_path} --steps 10000 --save-every 10000")
+    wait_until((tmp_path / "log.jsonl").exists, process)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 0
+    assert steps_kept(tmp_path)
+
+
+def test_a_class_whose_name_is_no_text_is_trained_and_drawn(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/data/\xff"
+    os.makedirs(folder)
+    Image.new("RGB", (8, 8)).save(os.fsdecode(folder + b"/0.png"))
+    process = subprocess.run(
+        [sys.executable, HERE / "train.py", *TINY, "--steps", "2", "--sample-every", "2",
+         "--data", tmp_path / "data", "--out", tmp_path / "run"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"}, capture_output=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert rb"\udcff" in process.stdout
+    G = sample.load_generator(tmp_path / "run")
+    assert os.fsencode(G.classes[0]) == b"\xff"
+
+
+# --------------------------------------------------------------------------------- arrays of others
+
+N_SMALL = 10
+
+
+def small_images(side=8):
+    return np.random.default_rng(0).integers(0, 256, (N_SMALL, side, side, 3), np.uint8)
+
+
+@pytest.mark.parametrize("layout", [
+    # name -> array, and how it is called: here, the author's, ADM's, by itself
+    lambda x, y: dict(arr_0=x, arr_1=y),
+    lambda x, y: dict(x=x.transpose(0, 3, 1, 2), y=y),
+    lambda x, y: dict(images=x, labels=y.astype(np.uint8), classes=["a", "b", "c"]),
+])
+def test_arrays_in_common_layouts_are_read(tmp_path, layout):
+    x = small_images()
+    y = np.arange(N_SMALL) % 3
+    np.savez(tmp_path / "a.npz", **layout(x, y))
+    data = train.open_data(tmp_path / "a.npz", 8)
+    assert len(data) == N_SMALL
+    assert len(data.classes) == 3
+    for i in range(N_SMALL):
+        image, label = data[i]
+        assert np.array_equal(image, x[i])
+        assert label == y[i]
+
+
+@pytest.mark.parametrize("grey", [lambda x: x, lambda x: x[..., None], lambda x: x[:, None]])
+def test_grey_arrays_have_three_equal_colours(tmp_path, grey):
+    x = small_images()[..., 0]
+    np.savez_compressed(tmp_path / "a.npz", arr_0=grey(x))
+    data = train.open_data(tmp_path / "a.npz", labelled=False)
+    for colour in range(3):
+        assert np.array_equal(data[5][0][..., colour], x[5])
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda x, y: dict(arr_0=x / 255, arr_1=y), "float64 .* must be uint8, 0 to 255"),
+    (lambda x, y: dict(arr_0=x.astype(int), arr_1=y), "int64 .* must be uint8"),
+    (lambda x, y: dict(arr_0=x[:, :7], arr_1=y), "must be uint8, .*(N, R, R, 3)"),
+    (lambda x, y: dict(arr_0=x[..., [0, 1, 2, 2]], arr_1=y), "(N, R, R, 3)"),
+    (lambda x, y: dict(arr_0=x[:0], arr_1=y[:0]), "(N, R, R, 3)"),
+    (lambda x, y: dict(arr_0=x[0, 0, 0], arr_1=y), "(N, R, R, 3)"),
+    (lambda x, y: dict(arr_0=x, arr_1=y[1:]), "10 whole numbers .* one for each image"),
+    (lambda x, y: dict(arr_0=x, arr_1=y - 1), "from 0 to 9"),
+    (lambda x, y: dict(arr_0=x, arr_1=y + 10**9), "from 0 to 9"),
+    (lambda x, y: dict(arr_0=x, arr_1=y / 2), "whole numbers"),
+    (lambda x, y: dict(arr_0=x, arr_1=y, arr_2=["a"]), "from 0 to 0"),
+    (lambda x, y: dict(arr_0=x), "no labels"),
+    (lambda x, y: dict(pictures=x), "no images"),
+    (lambda x, y: dict(arr_0=np.array([x, None], object)), "does not hold arrays"),
+])
+def test_other_arrays_are_refused(tmp_path, change, sentence):
+    np.savez(tmp_path / "a.npz", **change(small_images(), np.arange(N_SMALL) % 3))
+    with pytest.raises(sample.UserError, match=sentence.replace("(", r"\(").replace(")", r"\)")):
+        train.open_data(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", "half", "an array alone"])
+def test_what_is_no_npz_is_refused(tmp_path, content):
+    path = tmp_path / "a.npz"
+    np.savez(path, small_images())
+    if content == "half":
+        content = path.read_bytes()[:900]
+    if content == "an array alone":
+        np.save(tmp_path / "a.npy", small_images())
+        content = (tmp_path / "a.npy").read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(sample.UserError, match="a.npz does not hold arrays"):
+        train.open_data(path)
+
+
+MU = np.zeros(2048)
+SIGMA = np.eye(2048)
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ("--fake fake.npz --real nan.npz", "mu in nan.npz are not finite"),
+    ("--fake fake.npz --real infinite.npz", "sigma in infinite.npz are not finite"),
+    ("--fake fake.npz --real short.npz", "short.npz: mu must be (2048,)"),
+    ("--fake fake.npz --real good.npz --save-stats b.npz", "leave out --save-stats"),
+    ("--fake fake.npz --real good.npz --inception none", "statistics need Inception"),
+    ("--fake good.npz --real fake.npz", "good.npz holds no images"),
+    ("--fake fake.npz --real fake.npz --n 9", "no --n"),
+    ("--fake fake.npz --real fake.npz --trunc 1 --weights shapes", "no --trunc, --weights"),
+    ("--fake few.npz --real fake.npz", "scores need at least 8"),
+    ("--fake fake.npz --real few.npz", "3 real images can be read; scores need at least 8"),
+    ("--fake tiny.npz --real tiny.npz --inception none", "no score is possible"),
+])
+def test_what_cannot_be_scored_is_refused(
+    tmp_path, monkeypatch, capsys, inception_file, options, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    np.savez("good.npz", mu=MU, sigma=SIGMA)
+    np.savez("nan.npz", mu=MU * math.nan, sigma=SIGMA * math.nan)
+    np.savez("infinite.npz", mu=MU, sigma=SIGMA + math.inf)
+    np.savez("short.npz", mu=MU[1:], sigma=SIGMA[1:, 1:])
+    np.savez("fake.npz", small_images())
+    np.savez("few.npz", small_images()[:3])
+    np.savez("tiny.npz", small_images(4))
+    if "--inception" not in options:
+        options += f" --inception {inception_file}"
+    monkeypatch.setattr(metrics, "warn", lambda *_: None)
+    assert sentence in refused(monkeypatch, capsys, options, module=metrics)
+    assert not Path("metrics.json").exists()
+
+
+def test_statistics_beside_images_count_and_labels_are_not_needed_for_scores(
+    tmp_path, monkeypatch, inception_file
+):
+    monkeypatch.chdir(tmp_path)
+    np.savez("fake.npz", small_images(), np.zeros(3))       # wrong labels, which nobody needs
+    np.savez("reference.npz", mu=MU, sigma=SIGMA, arr_0=small_images(), mu_s=MU)
+    start("--fake fake.npz --real reference.npz --inception", inception_file, module=metrics)
+    result, = json.loads(Path("metrics.json").read_text())
+    fake = features_of(small_images())
+    close(result["FID"], metrics.frechet_distance(MU, SIGMA, fake.mu, fake.cov), rtol=1e-6)
+
+
+# ------------------------------------------------------------------------- images of their own size
+
+def test_a_folder_is_scored_at_its_own_size_like_the_array_of_its_images(
+    tmp_path, monkeypatch, inception_file
+):
+    monkeypatch.chdir(tmp_path)
+    x = small_images(33)                    # no power of two, and odd
+    for i, image in enumerate(x):
+        path = picture(tmp_path / "folder", f"{i}.png")
+        Image.fromarray(image).save(path)
+    np.savez("array.npz", x)
+    start("--fake folder --real array.npz --inception", inception_file, module=metrics)
+    result, = json.loads(Path("metrics.json").read_text())
+    expected = features_of(x)
+    assert result["FID"] < 1e-6 * np.trace(expected.cov)
+    assert (result["precision"], result["recall"]) == (1, 1)
+    assert result["SWD_levels"].keys() == {"33", "17"}
+
+
+def test_other_sizes_in_a_folder_are_counted_and_broken_files_are_no_images(
+    tmp_path, monkeypatch
+):
+    for i in range(6):
+        picture(tmp_path, f"{i}.png", size=(16, 16))
+    for i in range(6, 9):
+        picture(tmp_path, f"{i}.png", size=(20, 10))
+    (tmp_path / "9.png").write_bytes(b"no image")
+    data = train.open_data(tmp_path, labelled=False)
+    lines = []
+    monkeypatch.setattr(metrics, "warn", lines.append)
+    inception = metrics.Inception(inception_state())
+    found = metrics.features_of_data(data, None, inception)
+    assert found.n == len(found.kept) == 9
+    assert found.pixels is None
+    assert "10x20: 3, 16x16: 6" in lines[0]
+    for i in range(6):                      # all images are black, whatever their size
+        close(found.kept[i], found.kept[0], 1e-5)
+
+
+def test_pyramids_of_any_size_add_up():
+    for side in 32, 33, 75, 97:
+        x = torch.randn(1, 3, side, side)
+        *fine, total = metrics.laplacian_pyramid(x)
+        for band in reversed(fine):
+            total = band + metrics.enlarge(total)[:, :, :band.shape[2], :band.shape[3]]
+        close(total, x, 1e-5)
+
+
+# ----------------------------------------------------------------------------------- names, classes
+
+def test_a_flat_folder_has_one_class_wherever_it_lies(tmp_path):
+    for name in "train", "val":
+        picture(tmp_path / name, "0.png")
+    options = [*TINY, f"--held-out {tmp_path}/val --out {tmp_path}/run"]
+    start(*options, f"--data {tmp_path}/train --steps 1")
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    start(*options, f"--data {tmp_path}/elsewhere --steps 2")
+    assert steps_kept(tmp_path / "run") == [1, 2]
+
+
+def test_images_beside_the_folders_of_classes_are_mentioned(photos, warned):
+    picture(photos, "beside.png")
+    assert len(train.open_data(photos, 8)) == 8
+    assert "1 images beside" in warned[0]
+
+
+def test_own_images_in_the_folder_of_cifar_10_are_used_and_said_to_be(
+    tmp_path, monkeypatch, capsys, warned
+):
+    monkeypatch.chdir(tmp_path)
+    picture(Path("data/cifar10/cat"), "0.png")
+    assert train.open_data("data/cifar10", 32).classes == ["cat"]
+    assert "holds images of its own" in capsys.readouterr().out
+
+    # A name that is also a folder's: what is used is said.
+    picture(Path("shapes/cat"), "0.png")
+    assert len(train.open_data("shapes").classes) == 10
+    assert "./shapes" in warned[0]
+    assert train.open_data("./shapes").classes == ["cat"]
+    sample.find_weights("shapes")
+    assert "./shapes" in warned[1]
+
+
+def test_half_an_archive_is_refused_where_the_whole_one_should_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/cifar-10-binary.tar.gz").write_bytes(b"half")
+    with pytest.raises(sample.UserError, match="cifar-10-binary.tar.gz is not .*delete it"):
+        train.open_data("data/cifar10")
+    # The same for published weights.
+    monkeypatch.setattr(sample, "CACHE", tmp_path)
+    url = re.sub(r"\W+", "-", sample.BY_NAME["biggan-deep-256"])
+    (tmp_path / url).write_bytes(b"half")
+    with pytest.raises(sample.UserError, match="is not .*delete it"):
+        sample.find_weights("biggan-deep-256")
+
+
+# --------------------------------------------------------------------------- weights and their runs
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrapped_networks_are_understood(tmp_path, prefix, tiny_run):
+    path = tmp_path / "wrapped.bin"
+    for content in dict(deep_state()), sample.newest_checkpoint(tiny_run)[0]:
+        plain = sample.read_weights(saved_at(tmp_path / "plain.bin", content)).G_ema
+        if "G_ema" in content:
+            content["G_ema"] = {prefix + name: p for name, p in content["G_ema"].items()}
+        else:
+            content = {prefix + name: p for name, p in content.items()}
+        same(sample.read_weights(saved_at(path, content)).G_ema, plain)
+
+
+def saved_at(path, content):
+    path.write_bytes(saved(content))
+    return path
+
+
+def test_d_is_read_where_it_is_needed_alone(tmp_path):
+    state = PortState()
+    y = torch.tensor([3, 0])
+    port_images(state, torch.randn(2, 120), y)
+    torch.save(dict(state), tmp_path / "G_ema.pth")
+    (tmp_path / "D.pth").write_bytes(b"half of D")
+    assert sample.read_weights(tmp_path / "G_ema.pth").D is None
+    with pytest.raises(sample.UserError, match="D.pth was not loaded"):
+        sample.read_weights(tmp_path / "G_ema.pth", to_train=True)
+
+
+def run_of(folder, classes, age):
+    """A folder like a run's, whose checkpoint says whose it is."""
+    path = folder / "checkpoints" / "step-00000001.pt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(saved(folder.name))
+    os.utime(path, (1e9 - age, 1e9 - age))
+    (folder / "config.json").write_text(json.dumps({"classes": classes}))
+
+
+@pytest.mark.parametrize("wanted, used", [
+    (["all"], "new"),
+    (["star"], "new"),
+    (["cat"], "old"),
+    (["1"], "new"),
+    (["2"], "old"),
+    (["207"], "published"),
+    (["golden retriever"], "published"),
+    (["2", "ring", "arrows"], "none"),
+    (["5000"], "none"),
+])
+def test_the_newest_run_with_the_classes_draws(tmp_path, monkeypatch, capsys, wanted, used):
+    monkeypatch.chdir(tmp_path)
+    run_of(tmp_path / "runs/old", ["dog", "cat", "cow"], age=3)
+    run_of(tmp_path / "runs/new", ["ring", "star"], age=2)
+    weights = "checkpoints/step-00000001.pt"
+    for name, damage in ("no config", "config.json"), ("no weights", weights):
+        run_of(tmp_path / "runs" / name, ["star", "cat"], age=1)
+        (tmp_path / "runs" / name / damage).write_text("damaged")
+    Path("runs/empty").mkdir()
+
+    def fetch(url, *_):
+        raise sample.UserError("fetched")
+
+    monkeypatch.setattr(sample, "fetch", fetch)
+    if used in ("old", "new"):
+        content, _ = sample.find_weights(None, wanted)
+        assert content == used
+        assert f"drawing with runs/{used}" in capsys.readouterr().out
+    else:
+        sentence = "fetched" if used == "published" else "must be one of 1000"
+        with pytest.raises(sample.UserError, match=sentence):
+            sample.find_weights(None, wanted)
+        with pytest.raises(sample.UserError, match=sentence):
+            sample.find_weights("biggan-deep-256", wanted)
+
+
+# --------------------------------------------------------------------------- locks, and two at once
+
+def test_a_disk_without_locks_costs_a_warning(tmp_path, monkeypatch, warned):
+    def lockf(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(train.fcntl, "lockf", lockf)
+    start(*TINY, f"--steps 1 --out {tmp_path}")
+    assert "No locks available" in warned[0]
+    assert steps_kept(tmp_path) == [1]
+
+
+def test_a_system_without_what_only_some_have_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fcntl", None)
+    monkeypatch.setattr(train, "HANGUP", None)
+    monkeypatch.setattr(train, "STOP_SIGNALS", [signal.SIGINT, signal.SIGTERM])
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr(sample.ctypes, "CDLL", lambda name: object())   # has no mallopt
+    monkeypatch.setattr(train.multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    x = small_images(32)
+    train.pack(train.Arrays(x, np.arange(N_SMALL) % 2), tmp_path / "packed")
+    start(*TINY, f"--data {tmp_path}/packed --workers 1 --steps 1 --out {tmp_path}/run")
+    assert steps_kept(tmp_path / "run") == [1]
+
+
+def test_two_that_write_one_file_at_once_do_not_meet(tmp_path):
+    def write_slowly(f):
+        f.write(b"first")
+        sample.save_text(tmp_path / "a", "second")          # another process, meanwhile
+
+    sample.save_atomically(tmp_path / "a", write_slowly)
+    assert (tmp_path / "a").read_text() == "first"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_what_a_killed_process_left_is_removed_when_the_run_continues(tmp_path):
+    start(*TINY, f"--steps 1 --out {tmp_path}")
+    left = tmp_path / "checkpoints/step-00000002.pt.0123.tmp"
+    left.touch()
+    start(*TINY, f"--steps 2 --out {tmp_path}")
+    assert not left.exists()
+
+
+def test_half_a_line_of_the_log_is_passed_over(tmp_path, warned):
+    start(*TINY, f"--steps 4 --out {tmp_path}")
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text()[:-9] + "\n[]\n")
+    start(*TINY, f"--steps 6 --out {tmp_path}")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 6]
+    assert "cannot be read" in warned[0]
+
+
+# ------------------------------------------------------------------------------------ what is typed
+
+@pytest.mark.parametrize("options, sentence", [
+    ("--workers -1", "--workers -1 must be at least 0"),
+    ("--beta1 1.5", "--beta1 1.5 must be at least 0 and less than 1"),
+    ("--beta2 1", "--beta2 1.0 must be at least 0 and less than 1"),
+    ("--ema nan", "--ema nan must be"),
+    ("--flip 3", "--flip 3.0 must be"),
+    ("--ch 0", "--ch 0 must be at least 1"),
+    ("--d-lr inf", "--d-lr inf must be"),
+    ("--sigma-fixed -1", "--sigma-fixed -1.0 must be"),
+    ("--keep-every 0", "--keep-every 0 must be at least 1"),
+    ("--pack packed", "--pack takes"),
+    ("--init w --model biggan32", "--init decides the architecture"),
+])
+def test_a_number_out_of_range_is_refused(options, sentence, monkeypatch, capsys):
+    typed = " ".join(TINY)
+    if "--init" in options:
+        typed = typed.replace("--ch 8", "")
+    assert sentence in refused(monkeypatch, capsys, typed, options)
+
+
+def test_mistakes_are_refused_also_without_asserts():
+    code = "import sample, train; assert False; sample.run(train.main)"
+    process = subprocess.run(
+        [sys.executable, "-O", "-c", code, "--flip", "3"], cwd=HERE, capture_output=True, text=True
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: --flip 3.0 must be")
+
+
+@pytest.mark.parametrize("module", [train, sample, metrics])
+def test_a_world_that_no_torchrun_made_is_refused(module, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "WORLD_SIZE", 4)
+    assert "WORLD_SIZE is 4, but not set by" in refused(monkeypatch, capsys, "", module=module)
+
+
+def test_compile_without_a_compiler_is_a_sentence(tmp_path, monkeypatch, capsys):
+    def fail(function):
+        raise torch._inductor.exc.InvalidCxxCompiler()
+
+    monkeypatch.setattr(torch, "compile", fail)
+    sentence = refused(monkeypatch, capsys, *TINY, f"--compile --out {tmp_path}/run")
+    assert "apt install g++ python3-dev" in sentence
+
+
+def test_two_processes_score_readable_images_as_one_does(photos, tmp_path):
+    options = f"--fake {photos}/a --real {photos}/a --inception none --out {tmp_path}"
+    for i in range(8):
+        picture(photos / "a", f"{i}.png", size=(30, 30), colour=(40 * i, 0, 0))
+    for i in range(8, 12):
+        (photos / "a" / f"{i}.png").write_bytes(b"broken")
+    scores = []
+    start(options + "/1.json", module=metrics)
+    finish(torchrun(2, HERE / "metrics.py", options + "/2.json"))
+    for n in 1, 2:
+        scores.append(json.loads((tmp_path / f"{n}.json").read_text()))
+    assert scores[0] == scores[1]
+
+
 # -------------------------------------------------------------------- make check: is the demo good?
 
 def check_the_demos_samples_are_the_shapes_that_were_asked_for():

@@ -503,9 +503,9 @@ def train(trainer, data, held_out, args):
                 f"metrics.py --weights {args.out}/checkpoints/*.pt says which is best")
     if saved < trainer.step and not save_checkpoint(trainer, data.classes, args):
         raise UserError(f"step {trainer.step} is not saved; make room, then type the same command")
-    problems = [text for text in gather_rows([[problem]]) if text]
-    if problems:
-        give_up(f"{problems[0]}; step {trainer.step} is saved, the same command continues")
+    for text in gather_rows([[problem]]):
+        if text:
+            give_up(f"{text}; step {trainer.step} is saved, the same command continues")
     how = "done" if trainer.step >= args.steps else "stopped"
     say(f"\n{how} after {trainer.step} steps; the same command continues, also with more --steps")
 
@@ -520,6 +520,8 @@ def main(arguments):
     args = parse_settings(arguments)
     device = pick_device()
     keep_freed_memory()
+    if args.compile:
+        try_to_compile(device)
     if args.precision == "auto":
         args.precision = "bf16" if has_fast_bf16(device) else "fp32"
     checkpoint, _ = newest_checkpoint(args.out)
@@ -566,6 +568,17 @@ def has_fast_bf16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def try_to_compile(device):
+    """Compile a trifle, so that what is missing is missed before anything else is done."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:          # torch's, of many kinds
+        raise UserError(
+            "--compile needs a C++ compiler and Python's headers (Debian, Ubuntu: apt install g++ "
+            f"python3-dev): {type(error).__name__}"
+        ) from None
 
 
 def open_held_out(args, data):
@@ -815,10 +828,12 @@ def read_log(out, step):
     lines = []
     for text in path.read_text().splitlines():
         try:
-            lines.append(json.loads(text))
-        except ValueError:              # half a line, of another program
+            line = json.loads(text)
+            if line["step"] <= step:
+                lines.append(line)
+        except (ValueError, LookupError, TypeError):        # half a line
             warn(f"{path} has a line that cannot be read: {text:.40}")
-    return [line for line in lines if line["step"] <= step]
+    return lines
 
 
 def write_log(args, lines):
@@ -1095,7 +1110,7 @@ def next_batches(real_batches, n):
     try:
         return [next(real_batches) for _ in range(n)], ""
     except UserError as error:          # from a worker it comes after the worker's traceback
-        return [], str(error).rpartition("UserError: ")[2]
+        return [], str(error).rpartition("UserError: ")[2].strip()
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -1228,9 +1243,9 @@ def as_pixels(images):
         images = images.transpose(0, 2, 3, 1)
     if images.shape[3:] == (1,):
         images = images.repeat(3, axis=3)
-    N, H, W, C = images.shape
+    square = images.shape[1:2] * 2 + (3,)           # (R, R, 3)
     require(
-        images.dtype == np.uint8 and N > 0 and H == W and C == 3,
+        images.dtype == np.uint8 and images.size > 0 and images.shape[1:] == square,
         f"{images.dtype} of shape {shape}; images must be uint8, 0 to 255, of shape (N, R, R, 3)",
     )
     return images
