@@ -7,6 +7,9 @@
     python metrics.py --weights runs/shapes --data shapes --inception none  SWD alone
     torchrun --nproc_per_node=8 -- metrics.py ...                           the same numbers, sooner
 
+With --weights, real images are first cropped and reduced to the size of the generated ones, as in
+training. With --fake, all images are taken as they are.
+
 FID, KID, precision and recall compare features of images, which the Inception network computes. IS
 looks at Inception's class probabilities. Its weights, 91 MB, are fetched once into ~/.cache/torch.
 Sliced Wasserstein (SWD) compares small patches of the images and needs no network. Scores can be
@@ -475,7 +478,8 @@ def compare(real, fake):
         scores["precision"], scores["recall"] = precision_recall(real.kept, fake.kept)
     if real.pixels is not None and fake.pixels is not None:
         n = min(len(real.pixels), len(fake.pixels))
-        real_size, fake_size = real.pixels.shape[1], fake.pixels.shape[1]
+        real_size = real.pixels.shape[1]
+        fake_size = fake.pixels.shape[1]
         if real_size == fake_size:
             distances = pyramid_distances(real.pixels[:n], fake.pixels[:n])
             scores["SWD"] = 1000 * sum(distances.values()) / len(distances)

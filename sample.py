@@ -741,9 +741,8 @@ def run(main):
     sys.stdout.reconfigure(errors="backslashreplace")
     status = 0
     try:
-        by_torchrun = "RANK" in os.environ and "MASTER_ADDR" in os.environ
         require(
-            WORLD_SIZE == 1 or by_torchrun,
+            WORLD_SIZE == 1 or {"RANK", "MASTER_ADDR"} <= os.environ.keys(),
             f"WORLD_SIZE is {WORLD_SIZE}, but not set by torchrun: unset it, or use torchrun",
         )
         main(sys.argv[1:])
@@ -889,7 +888,7 @@ def gather_rows(blocks):
     parts = [blocks] * processes()
     if processes() > 1:
         dist.all_gather_object(parts, blocks)
-    everything = [block for part in parts for block in part]
+    everything = sum(parts, [])             # one list
     return np.concatenate(everything or [[]])
 
 

@@ -3755,7 +3755,6 @@ def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(photos, tmp_path, 
 
     monkeypatch.setattr(train.ImageFolder, "__getitem__", kill)
     monkeypatch.setattr(train, "some_images", lambda *_, **__: [torch.zeros(1, 32, 32, 3), [0]])
-    monkeypatch.setattr(train, "images_to_judge", lambda *_: {})
     with pytest.raises(sample.UserError, match="--shm-size.*step 0 is saved"):
         start(*TINY, f"--data {photos} --workers 1 --steps 2 --out {tmp_path}/run")
 

@@ -467,14 +467,13 @@ def train(trainer, data, held_out, args):
 
     signals = catch_signals()           # a list, empty until a signal arrives
     real_batches = batches(data, args, trainer.step, trainer.device)
-    real_examples = some_images(data, args.seed, n=64, n_classes=8)
-    judged = images_to_judge(trainer, data, held_out, args)
+    examples = real_examples(trainer, data, held_out, args)
     lines = read_log(args.out, trainer.step)
     logged = []                         # what each step since the last line has logged
     started = time.perf_counter()
     saved = trainer.step
     collapse = None                     # a sentence, once the first process sees one
-    problem = ""                        # a sentence, once a process cannot go on
+    problem = ""                        # a sentence, once this process cannot read its images
     while trainer.step < args.steps:
         real, problem = next_batches(real_batches, args.d_steps)
         if in_any_process(signals or collapse or problem):
@@ -483,10 +482,7 @@ def train(trainer, data, held_out, args):
         if is_due(args.log_every) or is_due(args.eval_every):
             line = line_of(trainer, logged, started)
             if rank() == 0:
-                line["diversity"] = diversity(trainer, *real_examples)
-                line["sigma_0"] = singular_values(trainer.G.linear.weight, 1).item()
-                if is_due(args.eval_every):
-                    line |= evaluate(trainer, judged)
+                line |= evaluate(trainer, examples, in_full=is_due(args.eval_every))
                 lines.append(line)
                 write_log(args, lines)
                 collapse = sign_of_collapse(lines, args)
@@ -863,26 +859,35 @@ def means_of(logged):
     return dict(zip(logged[0], means.tolist()))
 
 
-def images_to_judge(trainer, data, held_out, args):
-    """Images whose accuracy by D the log has: its name -> images, labels. Read once.
+def real_examples(trainer, data, held_out, args):
+    """The real images that G and D are judged by: name in the log -> images, labels. Read once."""
+    examples = {"diversity": some_images(data, args.seed, n=64, n_classes=8)}
+    # (Without a threshold, as for Wasserstein's loss, only differences of logits mean anything.)
+    if held_out and trainer.threshold is not None and rank() == 0:
+        examples["D_accuracy"] = some_images(data, args.seed, 512, 64)
+        examples["D_accuracy_held_out"] = some_images(held_out, args.seed, 512, 64)
+    return examples
 
-    (Without a threshold, as for Wasserstein's loss, only differences of logits mean anything.)"""
-    if rank() > 0 or not held_out or trainer.threshold is None:
-        return {}
-    return {
-        "D_accuracy": some_images(data, args.seed, 512, 64),
-        "D_accuracy_held_out": some_images(held_out, args.seed, 512, 64),
+
+def evaluate(trainer, examples, in_full):
+    """How much do G's images differ? How large are its weights? Does D know images by heart?
+
+    in_full: singular values of all weights, and D's accuracy."""
+    found = {
+        "diversity": diversity(trainer, *examples["diversity"]),
+        "sigma_0": singular_values(trainer.G.linear.weight, 1).item(),
     }
-
-
-def evaluate(trainer, judged):
-    """Singular values of every weight; does D know its training images by heart?"""
+    if not in_full:
+        return found
     sigma = {}
     for letter, network in ("G", trainer.G), ("D", trainer.D):
         for name, layer in matrix_layers(network).items():
             sigma[f"{letter}.{name}"] = singular_values(layer.weight).tolist()
-    accuracies = {name: accuracy(trainer, *images) for name, images in judged.items()}
-    return {"sigma": sigma, **accuracies}
+    found["sigma"] = sigma
+    for name in examples:
+        if name != "diversity":
+            found[name] = accuracy(trainer, *examples[name])
+    return found
 
 
 def show(line, args):
