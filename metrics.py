@@ -444,14 +444,14 @@ def sum_over_processes(tensor):
     return tensor.numpy()
 
 
-def features_of_data(data, n, inception):
+def features_of_data(data, n, inception, what="real images"):
     """Of the first n images in a fixed random order, or of all if there are fewer."""
     order = np.random.default_rng(0).permutation(len(data))[:n]
 
     def images(rows):
         return [data.image(i) for i in order[rows]]
 
-    return features_of(images, len(order), inception, "real images")
+    return features_of(images, len(order), inception, what)
 
 
 def features_of_samples(G, n, seed, inception):
@@ -514,6 +514,8 @@ def parse(arguments):
     check_output(args.out, ".json")
     if args.save_stats:
         check_output(args.save_stats, ".npz")
+        images = args.save_stats in (args.data, args.fake)
+        require(not images, f"--save-stats would overwrite {args.save_stats}: name another file")
         has_inception = args.inception != "none"
         require(has_inception, "--save-stats needs Inception: leave out --inception none")
     return args
@@ -521,7 +523,7 @@ def parse(arguments):
 
 def read_statistics(args):
     """mu and sigma in --data, that --save-stats or another program wrote; or None."""
-    if not args.data.endswith(".npz"):
+    if not args.data.lower().endswith(".npz"):
         return None
     mu, sigma = read_npz(args.data, "mu", "sigma")
     if mu is None or sigma is None:
@@ -530,18 +532,24 @@ def read_statistics(args):
         mu.shape == (2048,) and sigma.shape == (2048, 2048),
         f"{args.data}: mu must be (2048,), and sigma (2048, 2048), not {mu.shape}, {sigma.shape}",
     )
+    real = mu.dtype.kind == sigma.dtype.kind == "f"
+    require(real, f"mu and sigma in {args.data} must be floating-point numbers")
     finite(mu, f"mu in {args.data}")
     finite(sigma, f"sigma in {args.data}")
+    asymmetry = np.abs(sigma - sigma.T).max()
+    symmetric = asymmetry <= 1e-3 * np.abs(sigma).max()
+    require(symmetric, f"sigma in {args.data} is no covariance: it is not symmetric")
     require(not args.save_stats, f"{args.data} has statistics already: leave out --save-stats")
     require(args.inception != "none", "statistics need Inception: leave out --inception none")
-    return Features(0, mu, sigma)
+    say(f"{args.data} has statistics, which give FID and IS alone")
+    return Features(None, mu, sigma)
 
 
 def real_features(args, resolution, inception):
     """Of the images in --data, at the resolution of the weights, or at their own for --fake."""
     data = open_data(args.data, resolution, held_out=True, labelled=False)
     n = args.n if args.data == "shapes" else None
-    real = features_of_data(data, n, inception)
+    real = features_of_data(data, n, inception, f"images in {args.data}")
     if args.save_stats and rank() == 0:
         save_atomically(args.save_stats, lambda f: np.savez(f, mu=real.mu, sigma=real.cov))
     return real
@@ -551,7 +559,9 @@ def sets_to_score(args, inception):
     """Yields (name, truncation, resolution, features()) of each set of weights and truncation."""
     if args.fake:
         data = open_data(args.fake, labelled=False)
-        yield args.fake, None, data.resolution, partial(features_of_data, data, None, inception)
+        what = f"images in {args.fake}"
+        features = partial(features_of_data, data, None, inception, what)
+        yield args.fake, None, data.resolution, features
         return
     for weights in args.weights or [None]:
         G = read_generator(weights)

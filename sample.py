@@ -30,6 +30,7 @@ things to draw, and where weights come from. Part 3: what all commands share."""
 import argparse
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -324,6 +325,14 @@ def class_indices(wanted, classes):
     return indices
 
 
+def has_classes(wanted, classes):
+    try:
+        class_indices(wanted, classes)
+        return True
+    except UserError:
+        return False
+
+
 def class_index(text, classes, words):
     """The one class that is meant: a class's whole name, or its number, or a word of its name."""
     part = re.compile(rf"\b{re.escape(text.lower())}\b")
@@ -535,8 +544,8 @@ def from_own(content, to_train):
     if "standing" in content:
         found.statistics = statistics_of(G_ema)
     if to_train:
-        found.G = content.get("G")
-        found.D = content.get("D")
+        found.G = unwrapped(content.get("G", {})) or None
+        found.D = unwrapped(content.get("D", {})) or None
     return found
 
 
@@ -619,10 +628,12 @@ def newest_run(wanted):
     for folder in sorted(runs, key=last_written, reverse=True):
         try:
             described = json.loads(Path(folder, "config.json").read_text())
-            class_indices(wanted, described["classes"])
+            if not has_classes(wanted, described["classes"]):
+                continue
             found = newest_checkpoint(folder)
-        except (UserError, OSError, LookupError, TypeError, ValueError):
-            continue                        # it has other classes, or cannot be read
+        except (UserError, AttributeError, OSError, LookupError, TypeError, ValueError) as error:
+            warn(f"{folder} is passed over: {error}")
+            continue
         say(f"drawing with {folder}, the newest run with these classes; --weights chooses another")
         return found
     return None
@@ -662,11 +673,12 @@ def read_tensors(path):
 def decoding(path, what):
     """Whatever a decoder raises becomes a UserError: the file is no such file.
 
-    What the file system says, an OSError with a number, is no fault of the file. It goes on."""
+    What the file system says, an OSError with a number, is no fault of the file. It goes on.
+    (EINVAL is torch's, for a file that was cut short.)"""
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None):
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):
             raise
         reason = str(error).partition("\n")[0][:100]
         raise UserError(f"{path} {what} ({reason})") from None

@@ -3748,6 +3748,14 @@ def test_a_checkpoint_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one
         sample.read_tensors(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize("length", [0, 1000, 20_000, 50_000, 100_000])
+def test_weights_that_were_cut_short_are_damaged(tmp_path, length):
+    content = (HERE / "docs/shapes.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(content[:length])
+    with pytest.raises(sample.UserError, match="it is damaged"):
+        sample.read_tensors(tmp_path / "a.pt")
+
+
 def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(photos, tmp_path, monkeypatch):
     # So does a worker for which shared memory is too small.
     def kill(self, i):
@@ -3851,10 +3859,11 @@ def test_grey_arrays_have_three_equal_colours(tmp_path, grey):
     (lambda x, y: dict(arr_0=x[:0], arr_1=y[:0]), "(N, R, R, 3)"),
     (lambda x, y: dict(arr_0=x[0, 0, 0], arr_1=y), "(N, R, R, 3)"),
     (lambda x, y: dict(arr_0=x, arr_1=y[1:]), "10 whole numbers .* one for each image"),
-    (lambda x, y: dict(arr_0=x, arr_1=y - 1), "from 0 to 9"),
-    (lambda x, y: dict(arr_0=x, arr_1=y + 10**9), "from 0 to 9"),
+    (lambda x, y: dict(arr_0=x, arr_1=y - 1), "from 0 to 999"),
+    (lambda x, y: dict(arr_0=x, arr_1=y + 10**9), "from 0 to 999"),
+    (lambda x, y: dict(arr_0=np.uint8(3), arr_1=y), "does not hold images"),
     (lambda x, y: dict(arr_0=x, arr_1=y / 2), "whole numbers"),
-    (lambda x, y: dict(arr_0=x, arr_1=y, arr_2=["a"]), "from 0 to 0"),
+    (lambda x, y: dict(arr_0=x, arr_1=y, classes=["a"]), "from 0 to 0"),
     (lambda x, y: dict(arr_0=x), "no labels"),
     (lambda x, y: dict(pictures=x), "no images"),
     (lambda x, y: dict(arr_0=np.array([x, None], object)), "does not hold arrays"),
@@ -3893,7 +3902,9 @@ SIGMA = np.eye(2048)
     ("--fake fake.npz --real fake.npz --n 9", "no --n"),
     ("--fake fake.npz --real fake.npz --trunc 1 --weights shapes", "no --trunc, --weights"),
     ("--fake few.npz --real fake.npz", "scores need at least 8"),
-    ("--fake fake.npz --real few.npz", "3 real images can be read; scores need at least 8"),
+    ("--fake fake.npz --real few.npz", "3 images in few.npz can be read; scores need at least 8"),
+    ("--fake fake.npz --real lower.npz", "sigma in lower.npz is no covariance"),
+    ("--fake fake.npz --real fake.npz --save-stats fake.npz", "would overwrite fake.npz"),
     ("--fake tiny.npz --real tiny.npz --inception none", "no score is possible"),
 ])
 def test_what_cannot_be_scored_is_refused(
@@ -3903,6 +3914,7 @@ def test_what_cannot_be_scored_is_refused(
     np.savez("good.npz", mu=MU, sigma=SIGMA)
     np.savez("nan.npz", mu=MU * math.nan, sigma=SIGMA * math.nan)
     np.savez("infinite.npz", mu=MU, sigma=SIGMA + math.inf)
+    np.savez("lower.npz", mu=MU, sigma=np.tri(2048))
     np.savez("short.npz", mu=MU[1:], sigma=SIGMA[1:, 1:])
     np.savez("fake.npz", small_images())
     np.savez("few.npz", small_images()[:3])
@@ -4024,6 +4036,12 @@ def test_half_an_archive_is_refused_where_the_whole_one_should_lie(tmp_path, mon
 
 
 # --------------------------------------------------------------------------- weights and their runs
+
+def test_classes_without_images_are_mentioned(warned):
+    data = train.Arrays(small_images(), np.arange(N_SMALL) * 2)
+    assert len(data.classes) == 19
+    assert "9 of 19 classes have no images" in warned[0]
+
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_names_of_wrapped_networks_are_understood(tmp_path, prefix, tiny_run):

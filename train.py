@@ -1165,13 +1165,14 @@ def open_data(source, resolution=None, held_out=False, labelled=True):
         return Shapes(resolution or 32, held_out)
     if path == Path("data/cifar10"):
         prepare_cifar10(path)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         images, labels, classes = read_npz(path, "images", "labels", "classes")
         require(images is not None, f"{path} holds no images, as arr_0, x or images")
-        if not labelled:
-            labels = np.zeros(len(images), int)
-        require(labels is not None, f"{path} holds no labels of its images, as arr_1, y or labels")
+        missing = labelled and labels is None
+        require(not missing, f"{path} holds no labels of its images, as arr_1, y or labels")
         with decoding(path, "does not hold images and labels"):
+            if not labelled:
+                labels = np.zeros(len(images), int)
             data = Arrays(images, labels, classes)
     elif (path / "packed.json").exists():
         with decoding(path, "is no packed folder"):
@@ -1188,7 +1189,7 @@ def open_data(source, resolution=None, held_out=False, labelled=True):
 NPZ_NAMES = {                           # what is called how, here and by other programs
     "images": ["images", "arr_0", "x"],
     "labels": ["labels", "arr_1", "y"],
-    "classes": ["classes", "arr_2"],
+    "classes": ["classes"],
     "mu": ["mu"],
     "sigma": ["sigma"],
 }
@@ -1222,7 +1223,7 @@ class Arrays(DataSet):
         self.images = as_pixels(images)
         self.labels = np.asarray(labels)
         n = len(self.images)
-        n_classes = n if classes is None else len(classes)
+        n_classes = max(n, 1000) if classes is None else len(classes)
         require(
             self.labels.shape == (n,)
             and self.labels.dtype.kind in "iu"
@@ -1232,6 +1233,9 @@ class Arrays(DataSet):
         if classes is None:
             classes = range(self.labels.max() + 1)
         self.classes = [str(name) for name in classes]
+        empty = len(self.classes) - len(np.unique(self.labels))
+        if empty:
+            warn(f"{empty} of {len(self.classes)} classes have no images")
         self.resolution = self.images.shape[1]
 
     def __getitem__(self, i):
