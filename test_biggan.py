@@ -4174,6 +4174,7 @@ def test_half_a_line_of_the_log_is_passed_over(tmp_path, warned):
 
 @pytest.mark.parametrize("options, sentence", [
     ("--workers -1", "--workers -1 must be at least 0"),
+    ("--workers 1000000", "and less than 257"),
     ("--beta1 1.5", "--beta1 1.5 must be at least 0 and less than 1"),
     ("--beta2 1", "--beta2 1.0 must be at least 0 and less than 1"),
     ("--ema nan", "--ema nan must be"),

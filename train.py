@@ -591,11 +591,12 @@ def check_settings(args):
     """Refuse settings that cannot work, or not together."""
     counts = "batch ch d_steps eval_every keep keep_every log_every micro_batch sample_every "
     counts += "save_every steps"
-    weights = "d_lr g_lr ortho r1 seed shared_dim sigma_fixed sigma_pull sigma_ratio workers"
+    weights = "d_lr g_lr ortho r1 seed shared_dim sigma_fixed sigma_pull sigma_ratio"
     check_range(args, counts.split(), 1)
     check_range(args, weights.split(), 0)
     check_range(args, ["beta1", "beta2", "ema"], 0, 1)
     check_range(args, ["flip"], 0, 1.001)
+    check_range(args, ["workers"], 0, 257)
     require(args.data, "--data DIR is missing, a folder with one sub-folder of images per class")
     require(
         args.batch % args.micro_batch == 0,
