@@ -33,7 +33,7 @@ from biggan import UserError, processes, rank, require
 from sample import (CACHE, check_output, check_range, command_line, draw_seeds, fetch, gather_rows,
                     keep_freed_memory, pick_device, read_generator, read_tensors,
                     rows_of_this_process, run, save_atomically, save_text, say, start_processes,
-                    stop_processes, warn)
+                    stop_processes, typed_options, warn)
 from train import give_up, open_data, read_npz
 
 # ==================================================================================================
@@ -393,8 +393,10 @@ def features_of(images, n, inception, what):
     pixels = []                             # the first images
     kept = []
     probs = []
-    total = torch.zeros(2048, dtype=torch.float64)          # the sum of all features f
-    products = torch.zeros(2048, 2048, dtype=torch.float64)     # and of all f f^T
+    device = inception.fc_bias.device if inception else None
+    zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+    total = zeros(2048)                     # the sum of all features f
+    products = zeros(2048, 2048)            # and of all f f^T
     for rows in rows_of_this_process(n, 16, what):  # 16 images fit into a CPU's cache
         found = [(row, x) for row, x in zip(rows, images(rows)) if x is not None]
         sizes += [[x.shape[:2]] for _, x in found]
@@ -404,10 +406,10 @@ def features_of(images, n, inception, what):
         for _, same_size in groupby(found, lambda pair: pair[1].shape):
             rows, x = zip(*same_size)
             x = torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2)
-            f, logits = inception(x.to(inception.fc_bias.device))
+            f, logits = inception(x.to(device))
             f64 = f.double()
-            total = total.to(f.device) + f64.sum(0)
-            products = products.to(f.device) + f64.T @ f64
+            total += f64.sum(0)
+            products += f64.T @ f64
             # The IS leaves out the last bias, as its authors' code does.
             p = (logits - inception.fc_bias).softmax(1)
             first = np.array(rows) < N_KEPT
@@ -502,11 +504,10 @@ def parse(arguments):
     add("--save-stats", help="FILE.npz: keep the statistics of --data, to be used as --data")
     add("--out", default="metrics.json", help="FILE.json")
     args = parser.parse_args(arguments)
-    typed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     require(args.data, "name real images by --data")
     check_range(args, ["n"], 8)
     check_range(args, ["seed"], 0)
-    of_weights = typed & {"weights", "n", "seed", "trunc"}
+    of_weights = typed_options(parser, args) & {"weights", "n", "seed", "trunc"}
     require(
         not args.fake or not of_weights,
         f"--fake takes all images that are there, and no --{', --'.join(sorted(of_weights))}",

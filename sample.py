@@ -218,8 +218,7 @@ def parse(arguments):
     add("--export", action="store_true", help="instead, the generator alone, as a small file")
     add("--out", help="sample.png, sample.npz or generator.pt, unless given")
     args = parser.parse_args(arguments)
-    typed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    check(args, typed)
+    check(args, typed_options(parser, args))
     usual = "sample.png"
     if args.npz:
         usual = "sample.npz"
@@ -252,7 +251,7 @@ def main(arguments):
     if args.export:
         export(args.weights, args.out)
     else:
-        wanted = args.classes or ["all"]
+        wanted = args.classes if args.classes else ["all"]
         G = read_generator(args.weights, wanted)
         classes = class_indices(wanted, G.classes)
         start_processes()
@@ -543,9 +542,10 @@ def from_own(content, to_train):
     found = Weights(ModelConfig(**content["model"]), G_ema, content["classes"])
     if "standing" in content:
         found.statistics = statistics_of(G_ema)
-    if to_train:
-        found.G = unwrapped(content.get("G", {})) or None
-        found.D = unwrapped(content.get("D", {})) or None
+    if to_train and "G" in content:
+        found.G = unwrapped(content["G"])
+    if to_train and "D" in content:
+        found.D = unwrapped(content["D"])
     return found
 
 
@@ -698,7 +698,7 @@ def fetch(url, path, sha256=None):
             torch.hub.download_url_to_file(url, str(path), sha256, progress=show)
         except Exception as error:          # no network, no such file, another checksum
             raise UserError(f"{url}: {error}; fetch it elsewhere and put it at {path}") from None
-    if sha256:
+    elif sha256:
         with open(path, "rb") as f:
             found = hashlib.file_digest(f, "sha256").hexdigest()
         require(
@@ -735,14 +735,21 @@ def command_line(description):
     )
 
 
+def typed_options(parser, args):
+    """The names of the options that are not the default."""
+    return {name for name, value in vars(args).items() if value != parser.get_default(name)}
+
+
 def check_range(args, names, low, high=math.inf):
     """Refuse options outside [low, high). None is an option that was not given."""
     for name in names:
         value = getattr(args, name)
-        inside = value is None or low <= value < high       # a NaN is not
+        if value is None:
+            continue
         limit = "" if high == math.inf else f" and less than {high}"
         option = name.replace("_", "-")
-        require(inside, f"--{option} {value} must be at least {low}{limit}")
+        # A NaN is outside, too.
+        require(low <= value < high, f"--{option} {value} must be at least {low}{limit}")
 
 
 def run(main):

@@ -3704,6 +3704,12 @@ def test_a_file_that_is_away_for_a_moment_is_waited_for_and_not_forgotten(
     assert not data.broken
     assert "trying again" in str(warned[0])
 
+    # It is tried once more after the last wait.
+    away = photos.rename(photos.with_name("away"))
+    monkeypatch.setattr(train, "WAITS", [1.0])
+    move_back(photos, away, 0.3)
+    assert data[6][1] == 1
+
     # A file system may refuse in other ways, too.
     monkeypatch.setattr(train, "WAITS", [0])
     with monkeypatch.context() as broken_disk, pytest.raises(sample.UserError, match="Errno 5"):
@@ -3754,6 +3760,14 @@ def test_weights_that_were_cut_short_are_damaged(tmp_path, length):
     (tmp_path / "a.pt").write_bytes(content[:length])
     with pytest.raises(sample.UserError, match="it is damaged"):
         sample.read_tensors(tmp_path / "a.pt")
+
+
+def test_what_goes_wrong_in_a_worker_that_packs_is_one_sentence(photos, tmp_path, monkeypatch):
+    for path in photos.glob("*/*.png"):
+        path.write_bytes(b"broken")
+    data = train.open_data(photos, 8)
+    with pytest.raises(sample.UserError, match="^none of the images can be read$"):
+        list(train.read_by(torch.utils.data.DataLoader(data, num_workers=1)))
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(photos, tmp_path, monkeypatch):
@@ -3930,8 +3944,10 @@ def test_statistics_beside_images_count_and_labels_are_not_needed_for_scores(
     tmp_path, monkeypatch, inception_file
 ):
     monkeypatch.chdir(tmp_path)
-    np.savez("fake.npz", small_images(), np.zeros(3))       # wrong labels, which nobody needs
+    # Wrong labels, and names of classes, which nobody needs.
+    np.savez("fake.npz", small_images(), np.zeros(3), classes=["a", "b"])
     np.savez("reference.npz", mu=MU, sigma=SIGMA, arr_0=small_images(), mu_s=MU)
+    monkeypatch.setattr(train, "warn", pytest.fail)         # nothing is missing
     start("--fake fake.npz --real reference.npz --inception", inception_file, module=metrics)
     result, = json.loads(Path("metrics.json").read_text())
     fake = features_of(small_images())
@@ -4155,9 +4171,14 @@ def test_two_that_write_one_file_at_once_do_not_meet(tmp_path):
 def test_what_a_killed_process_left_is_removed_when_the_run_continues(tmp_path):
     start(*TINY, f"--steps 1 --out {tmp_path}")
     left = tmp_path / "checkpoints/step-00000002.pt.0123.tmp"
-    left.touch()
+    of_the_log = tmp_path / "log.jsonl.0123.tmp"
+    of_others = tmp_path / "mine.tmp"
+    for path in left, of_the_log, of_others:
+        path.touch()
     start(*TINY, f"--steps 2 --out {tmp_path}")
     assert not left.exists()
+    assert not of_the_log.exists()
+    assert of_others.exists()
 
 
 def test_half_a_line_of_the_log_is_passed_over(tmp_path, warned):

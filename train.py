@@ -91,6 +91,7 @@ from sample import (
     say,
     start_processes,
     stop_processes,
+    typed_options,
     wait_for,
     warn,
 )
@@ -208,7 +209,7 @@ def parse_settings(arguments):
     parser = make_parser()
     # The first parsing finds the preset; the second one, below, has the preset's defaults.
     typed = parser.parse_args(arguments)
-    check_typed({name for name, value in vars(typed).items() if value != parser.get_default(name)})
+    check_typed(typed_options(parser, typed))
     preset = {"out": f"runs/{typed.preset}", **PRESETS[typed.preset]}
     if typed.data:
         preset["held_out"] = None       # the preset's held-out images belong to its data
@@ -595,8 +596,8 @@ def check_settings(args):
     check_range(args, counts.split(), 1)
     check_range(args, weights.split(), 0)
     check_range(args, ["beta1", "beta2", "ema"], 0, 1)
-    check_range(args, ["flip"], 0, 1.001)
     check_range(args, ["workers"], 0, 257)
+    require(0 <= args.flip <= 1, f"--flip {args.flip} must be from 0 to 1")
     require(args.data, "--data DIR is missing, a folder with one sub-folder of images per class")
     require(
         args.batch % args.micro_batch == 0,
@@ -936,8 +937,10 @@ def prepare_folder(out, described):
             ) from None
         except OSError as error:        # a disk without locks
             warn(f"{out} cannot be locked ({error}): start no other run in it")
-    for path in Path(out).glob("**/*.tmp"):
-        path.unlink()                   # left of a process that was killed
+    # What a process that was killed has left, and nothing else that may lie there.
+    for pattern in "*.json*.tmp", "*/step-*.tmp":
+        for path in Path(out).glob(pattern):
+            path.unlink()
     text = json.dumps(described, indent=1)
     save_text(Path(out, "config.json"), text)
     return lock
@@ -1103,7 +1106,7 @@ def batches(data, args, step, device):
         pin_memory=on_gpu,
         worker_init_fn=ignore_signals,
     )
-    for number, (images, labels) in enumerate(loader, start=first):
+    for number, (images, labels) in enumerate(read_by(loader), start=first):
         x = to_network(images, device)  # (N, 3, R, R)
         mirror = generator("mirror", args.seed, number)
         mirrored = torch.rand(args.batch, generator=mirror)[rows] < args.flip
@@ -1115,13 +1118,23 @@ def next_batches(real_batches, n):
     """The next n batches, and what is wrong if they cannot be had: a list, a sentence or ""."""
     try:
         return [next(real_batches) for _ in range(n)], ""
-    except UserError as error:          # from a worker it comes after the worker's traceback
-        return [], str(error).rpartition("UserError: ")[2].strip()
+    except UserError as error:
+        return [], str(error)
+
+
+def read_by(loader):
+    """Yield what a DataLoader reads. What goes wrong in its workers becomes one sentence."""
+    try:
+        yield from loader
+    except UserError as error:          # comes after the worker's traceback
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        return [], ("a process that reads images was killed: there is too little memory, or shared "
-                    "memory (docker run --shm-size 2g); or give fewer --workers")
+        raise UserError(
+            "a process that reads images was killed: there is too little memory, or shared memory "
+            "(docker run --shm-size 2g); or give fewer --workers"
+        ) from None
 
 
 def ignore_signals(worker):
@@ -1174,6 +1187,7 @@ def open_data(source, resolution=None, held_out=False, labelled=True):
         with decoding(path, "does not hold images and labels"):
             if not labelled:
                 labels = np.zeros(len(images), int)
+                classes = None
             data = Arrays(images, labels, classes)
     elif (path / "packed.json").exists():
         with decoding(path, "is no packed folder"):
@@ -1291,7 +1305,7 @@ def pack(data, folder, workers=0):
         np.lib.format.write_array_header_1_0(f, header)
         if hasattr(os, "posix_fallocate"):  # a disk that is too small says so now
             os.posix_fallocate(f.fileno(), 0, f.tell() + math.prod(shape))
-        for images, some_labels in progress(loader, len(loader), "packing"):
+        for images, some_labels in progress(read_by(loader), len(loader), "packing"):
             f.write(images.numpy())
             labels.extend(some_labels.tolist())
 
@@ -1319,13 +1333,14 @@ class ImageFolder(DataSet):
             warn(f"{root}: {len(beside)} images beside the sub-folders of classes are left out")
         if folders:
             self.classes = [folder.name for folder in folders]
+            lists = [images_in(folder) for folder in folders]
         else:
-            folders = [root]
             self.classes = ["images"]   # one name, wherever they lie
+            folders = [root]
+            lists = [beside]
         files = []
         labels = []
-        for label, folder in enumerate(folders):
-            found = images_in(folder)
+        for label, (folder, found) in enumerate(zip(folders, lists)):
             require(
                 found,
                 f"{folder} holds no images; --data has one sub-folder of images per class, or "
@@ -1379,10 +1394,12 @@ def read_patiently(path):
         try:
             return Path(path).read_bytes()
         except OSError as error:
-            problem = error
             warn(f"{error}; trying again in {seconds} s")
             time.sleep(seconds)
-    raise UserError(f"{problem}, for a minute")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{error}, for a minute") from None
 
 
 Image.MAX_IMAGE_PIXELS = None           # the user's own files may have any size
