@@ -21,7 +21,6 @@ distance of images. Part 3: sets of images, and the command."""
 import json
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -205,7 +204,7 @@ AT_8 = [
 
 
 class Inception(nn.Module):
-    """Images (N, 3, H, W) uint8 -> pool features (N, 2048), logits (N, 1008).
+    """Images (N, 3, H, W), 0 to 255 -> pool features (N, 2048), logits (N, 1008).
 
     weights: the path of the published file, or a state dict with the same names. There are no
     layers as sub-modules: `forward` looks up each weight by its name."""
@@ -224,9 +223,8 @@ class Inception(nn.Module):
             raise UserError(f"not Inception of 2015 ({error}), which is {INCEPTION_URL}") from None
 
     @torch.no_grad()
-    def forward(self, x):                   # (N, 3, H, W) uint8
-        x = x.to(self.fc_bias)              # its device and dtype
-        x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
+    def forward(self, x):                   # (N, 3, H, W), 0 to 255
+        x = resized(x.to(self.fc_bias))     # of its device and dtype
         x = (x / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         x = self.conv(x, "Conv2d_1a_3x3", stride=2, padding=0)      # (N, 32, 149, 149)
         x = self.conv(x, "Conv2d_2a_3x3", padding=0)                # (N, 32, 147, 147)
@@ -273,6 +271,10 @@ class Inception(nn.Module):
         outputs = [self.chain(x, block, names, stride=2, padding=0) for names in chains]
         outputs.append(F.max_pool2d(x, 3, stride=2))
         return torch.cat(outputs, 1)
+
+
+def resized(x):                             # (N, 3, H, W) -> (N, 3, 299, 299)
+    return F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
 
 
 def fold_norms(state):
@@ -401,18 +403,15 @@ def features_of(images, n, inception, what):
         found = [(row, x) for row, x in zip(rows, images(rows)) if x is not None]
         sizes += [[x.shape[:2]] for _, x in found]
         pixels += [x[None] for row, x in found if row < N_PATCHED]
-        if inception is None:
-            continue
-        for _, same_size in groupby(found, lambda pair: pair[1].shape):
-            rows, x = zip(*same_size)
-            x = torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2)
-            f, logits = inception(x.to(device))
+        if inception and found:
+            x = [torch.from_numpy(x).permute(2, 0, 1)[None].to(inception.fc_bias) for _, x in found]
+            f, logits = inception(torch.cat([resized(image) for image in x]))
             f64 = f.double()
             total += f64.sum(0)
             products += f64.T @ f64
             # The IS leaves out the last bias, as its authors' code does.
             p = (logits - inception.fc_bias).softmax(1)
-            first = np.array(rows) < N_KEPT
+            first = [row < N_KEPT for row, _ in found]
             kept.append(f.cpu().numpy()[first])
             probs.append(p.cpu().numpy()[first])
     sizes = gather_rows(sizes)              # (n, 2)
@@ -506,7 +505,7 @@ def parse(arguments):
     args = parser.parse_args(arguments)
     require(args.data, "name real images by --data")
     check_range(args, ["n"], 8)
-    check_range(args, ["seed"], 0)
+    check_range(args, ["seed"], 0, 2**32)
     of_weights = typed_options(parser, args) & {"weights", "n", "seed", "trunc"}
     require(
         not args.fake or not of_weights,
@@ -526,20 +525,19 @@ def read_statistics(args):
     """mu and sigma in --data, that --save-stats or another program wrote; or None."""
     if not args.data.lower().endswith(".npz"):
         return None
-    mu, sigma = read_npz(args.data, "mu", "sigma")
-    if mu is None or sigma is None:
+    stored = read_npz(args.data, ["mu", "sigma"])
+    if len(stored) < 2:
         return None
+    mu = stored["mu"]
+    sigma = stored["sigma"]
     require(
-        mu.shape == (2048,) and sigma.shape == (2048, 2048),
-        f"{args.data}: mu must be (2048,), and sigma (2048, 2048), not {mu.shape}, {sigma.shape}",
+        (mu.shape, sigma.shape) == ((2048,), (2048, 2048))
+        and mu.dtype.kind == sigma.dtype.kind == "f"
+        and np.isfinite(mu + sigma).all()
+        and np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-3 * np.abs(sigma).max()),
+        f"{args.data} holds mu {mu.shape} and sigma {sigma.shape}; they must be finite numbers "
+        "(2048,) and (2048, 2048), and sigma symmetric",
     )
-    real = mu.dtype.kind == sigma.dtype.kind == "f"
-    require(real, f"mu and sigma in {args.data} must be floating-point numbers")
-    finite(mu, f"mu in {args.data}")
-    finite(sigma, f"sigma in {args.data}")
-    asymmetry = np.abs(sigma - sigma.T).max()
-    symmetric = asymmetry <= 1e-3 * np.abs(sigma).max()
-    require(symmetric, f"sigma in {args.data} is no covariance: it is not symmetric")
     require(not args.save_stats, f"{args.data} has statistics already: leave out --save-stats")
     require(args.inception != "none", "statistics need Inception: leave out --inception none")
     say(f"{args.data} has statistics, which give FID and IS alone")

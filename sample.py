@@ -231,7 +231,8 @@ def parse(arguments):
 def check(args, typed):
     """Refuse options that contradict each other. typed: names of those that are not the default."""
     check_range(args, ["n"], 1)
-    check_range(args, ["npz", "seed"], 0)
+    check_range(args, ["npz"], 0)
+    check_range(args, ["seed"], 0, 2**32)
     require(
         not args.export or typed <= {"export", "weights", "out"},
         "--export takes --weights and --out alone; choose a truncation when you draw",
@@ -322,14 +323,6 @@ def class_indices(wanted, classes):
         else:
             indices.append(class_index(text, classes, words))
     return indices
-
-
-def has_classes(wanted, classes):
-    try:
-        class_indices(wanted, classes)
-        return True
-    except UserError:
-        return False
 
 
 def class_index(text, classes, words):
@@ -628,14 +621,13 @@ def newest_run(wanted):
     for folder in sorted(runs, key=last_written, reverse=True):
         try:
             described = json.loads(Path(folder, "config.json").read_text())
-            if not has_classes(wanted, described["classes"]):
-                continue
+            class_indices(wanted, described["classes"])
             found = newest_checkpoint(folder)
         except (UserError, AttributeError, OSError, LookupError, TypeError, ValueError) as error:
-            warn(f"{folder} is passed over: {error}")
-            continue
-        say(f"drawing with {folder}, the newest run with these classes; --weights chooses another")
-        return found
+            say(f"not with {folder}: {error!s:.80}")
+        else:
+            say(f"drawing with {folder}, the newest run with these classes, see --weights")
+            return found
     return None
 
 
@@ -662,11 +654,12 @@ def newest_checkpoint(run_folder):
 def read_tensors(path):
     """What torch.save wrote, if it is tensors and plain values. Never runs code from the file."""
     what = "was not loaded: it is damaged, no file of weights, or holds more than tensors and "
-    with decoding(path, what + "plain values and could run code"):
-        zipped = zipfile.is_zipfile(path)   # torch's format since 2020, with checksums
-        if zipped and zipfile.ZipFile(path).testzip():
+    with open(path, "rb") as f, decoding(path, what + "plain values and could run code"):
+        zipped = zipfile.is_zipfile(f)      # torch's format since 2020, with checksums
+        if zipped and zipfile.ZipFile(f).testzip():
             raise ValueError("wrong checksum")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        f.seek(0)
+        return torch.load(f, map_location="cpu", weights_only=True)
 
 
 @contextmanager
@@ -680,7 +673,7 @@ def decoding(path, what):
     except Exception as error:
         if getattr(error, "errno", None) not in (None, errno.EINVAL):
             raise
-        reason = str(error).partition("\n")[0][:100]
+        reason = re.split(r"\n| <", str(error))[0][:100]    # its first line, without objects
         raise UserError(f"{path} {what} ({reason})") from None
 
 
@@ -744,12 +737,11 @@ def check_range(args, names, low, high=math.inf):
     """Refuse options outside [low, high). None is an option that was not given."""
     for name in names:
         value = getattr(args, name)
-        if value is None:
-            continue
-        limit = "" if high == math.inf else f" and less than {high}"
         option = name.replace("_", "-")
-        # A NaN is outside, too.
-        require(low <= value < high, f"--{option} {value} must be at least {low}{limit}")
+        require(
+            value is None or low <= value < high,           # a NaN is outside, too
+            f"--{option} {value} must be at least {low} and less than {high}",
+        )
 
 
 def run(main):
@@ -767,9 +759,9 @@ def run(main):
         main(sys.argv[1:])
     except Exception as error:
         status = report(error)
-    # The usual exit would wait for the workers that load data, which ignore signals to stop. And
-    # where nothing can be printed, it would end with status 120.
-    if multiprocessing.active_children() or not tell(sys.stdout, end=""):
+    # The usual exit would wait for the workers that load data, which ignore signals to stop, and
+    # for the other processes. Where nothing can be printed, it would end with status 120.
+    if multiprocessing.active_children() or processes() > 1 or not tell(sys.stdout, end=""):
         os._exit(status)
     sys.exit(status)
 
@@ -786,8 +778,8 @@ def report(error):
         tell(sys.stderr, traceback.format_exc(), end="")
         return 1
     # Before `start_processes`, all find the same mistake, and the first of each machine says it.
-    # After it, the others are silent, see `give_up`. Memory may run out on a single GPU.
-    if no_memory or processes() > 1 or LOCAL_RANK == 0:
+    # After it, those that have nothing to say are silent. Memory may run out on a single GPU.
+    if sentence and (no_memory or processes() > 1 or LOCAL_RANK == 0):
         tell(sys.stderr, "error:", sentence)
     return 2
 
@@ -803,7 +795,7 @@ def tell(stream, *words, end="\n"):
 
 def say(*words, end="\n"):
     """Tell, in the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if RANK == 0:
         tell(sys.stdout, *words, end=end)
 
 
@@ -858,9 +850,13 @@ def save_text(path, text):
 
 # ---------------------------------------------------------------------------- devices and processes
 
-# Set by torchrun: the number of processes, and this one's number on its machine.
+# Set by torchrun: the number of processes, this one's number, and its number on its machine.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+RANK = 0
+LOCAL_RANK = 0
+if WORLD_SIZE > 1:                      # else there is no torchrun
+    RANK = int(os.environ.get("RANK") or 0)
+    LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 
 
 def pick_device():

@@ -37,6 +37,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -502,7 +503,7 @@ def train(trainer, data, held_out, args):
         raise UserError(f"step {trainer.step} is not saved; make room, then type the same command")
     for text in gather_rows([[problem]]):
         if text:
-            give_up(f"{text}; step {trainer.step} is saved, the same command continues")
+            give_up(f"{text}; the same command continues from step {trainer.step}")
     how = "done" if trainer.step >= args.steps else "stopped"
     say(f"\n{how} after {trainer.step} steps; the same command continues, also with more --steps")
 
@@ -532,7 +533,7 @@ def main(arguments):
         config = model_config(args)
     data = open_data(args.data, config.resolution)
     if args.pack:
-        return pack(data, args.pack, os.cpu_count() if args.workers is None else args.workers)
+        return pack(data, args.pack, args.workers or os.cpu_count())
     held_out = open_held_out(args, data)
     config = dataclasses.replace(config, n_classes=len(data.classes))
     names = ", ".join(data.classes)[:80]
@@ -554,8 +555,7 @@ def main(arguments):
         start_from(trainer, initial, data.classes)
     if len(set(gather_rows([[trainer.step]]))) > 1:
         give_up(f"the processes have read different checkpoints; {args.out} is on no shared disk")
-    # Their tensors are memory-mapped: they would keep the file on the disk after it is deleted.
-    del checkpoint, initial
+    del checkpoint, initial             # gigabytes
     train(trainer, data, held_out, args)
     stop_processes()
 
@@ -592,9 +592,10 @@ def check_settings(args):
     """Refuse settings that cannot work, or not together."""
     counts = "batch ch d_steps eval_every keep keep_every log_every micro_batch sample_every "
     counts += "save_every steps"
-    weights = "d_lr g_lr ortho r1 seed shared_dim sigma_fixed sigma_pull sigma_ratio"
+    weights = "d_lr g_lr ortho r1 shared_dim sigma_fixed sigma_pull sigma_ratio"
     check_range(args, counts.split(), 1)
     check_range(args, weights.split(), 0)
+    check_range(args, ["seed"], 0, 2**32)
     check_range(args, ["beta1", "beta2", "ema"], 0, 1)
     check_range(args, ["workers"], 0, 257)
     require(0 <= args.flip <= 1, f"--flip {args.flip} must be from 0 to 1")
@@ -865,9 +866,9 @@ def real_examples(trainer, data, held_out, args):
     """The real images that G and D are judged by: name in the log -> images, labels. Read once."""
     examples = {"diversity": some_images(data, args.seed, n=64, n_classes=8)}
     # (Without a threshold, as for Wasserstein's loss, only differences of logits mean anything.)
-    if held_out and trainer.threshold is not None and rank() == 0:
-        examples["D_accuracy"] = some_images(data, args.seed, 512, 64)
-        examples["D_accuracy_held_out"] = some_images(held_out, args.seed, 512, 64)
+    if held_out and trainer.threshold is not None:
+        examples["D_accuracy"] = some_images(data, args.seed, n=256, n_classes=64)
+        examples["D_accuracy_held_out"] = some_images(held_out, args.seed, n=256, n_classes=64)
     return examples
 
 
@@ -1001,16 +1002,14 @@ def catch_signals():
         received.append(number)
 
     for number in STOP_SIGNALS:
-        # nohup has told this process to ignore a closed terminal. That is left as it is.
-        if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
+        signal.signal(number, note)
     return received
 
 
-HANGUP = getattr(signal, "SIGHUP", None)        # a closed terminal; Windows has none
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if HANGUP:
-    STOP_SIGNALS.append(HANGUP)
+# A closed terminal. Windows has none, and nohup has told this process to ignore it.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    STOP_SIGNALS.append(signal.SIGHUP)
 
 
 def in_any_process(condition):
@@ -1024,9 +1023,7 @@ def in_any_process(condition):
 
 def give_up(sentence):
     """End all processes, for a reason that all of them know. The first one says it."""
-    if rank() == 0:
-        raise UserError(sentence)
-    sys.exit(2)
+    raise UserError(sentence if rank() == 0 else "")
 
 
 def stop_if_not_finite(trainer, means):
@@ -1106,7 +1103,7 @@ def batches(data, args, step, device):
         pin_memory=on_gpu,
         worker_init_fn=ignore_signals,
     )
-    for number, (images, labels) in enumerate(read_by(loader), start=first):
+    for number, (images, labels) in enumerate(loader, start=first):
         x = to_network(images, device)  # (N, 3, R, R)
         mirror = generator("mirror", args.seed, number)
         mirrored = torch.rand(args.batch, generator=mirror)[rows] < args.flip
@@ -1118,23 +1115,15 @@ def next_batches(real_batches, n):
     """The next n batches, and what is wrong if they cannot be had: a list, a sentence or ""."""
     try:
         return [next(real_batches) for _ in range(n)], ""
-    except UserError as error:
-        return [], str(error)
-
-
-def read_by(loader):
-    """Yield what a DataLoader reads. What goes wrong in its workers becomes one sentence."""
-    try:
-        yield from loader
-    except UserError as error:          # comes after the worker's traceback
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+    except UserError as error:          # that of a worker comes after its traceback
+        return [], str(error).rpartition("UserError: ")[2].strip()
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(
+        return [], (
             "a process that reads images was killed: there is too little memory, or shared memory "
             "(docker run --shm-size 2g); or give fewer --workers"
-        ) from None
+        )
 
 
 def ignore_signals(worker):
@@ -1180,15 +1169,12 @@ def open_data(source, resolution=None, held_out=False, labelled=True):
     if path == Path("data/cifar10"):
         prepare_cifar10(path)
     if path.suffix.lower() == ".npz":
-        images, labels, classes = read_npz(path, "images", "labels", "classes")
-        require(images is not None, f"{path} holds no images, as arr_0, x or images")
-        missing = labelled and labels is None
-        require(not missing, f"{path} holds no labels of its images, as arr_1, y or labels")
+        arrays = read_npz(path, ["images", "labels", "classes"] if labelled else ["images"])
+        require("images" in arrays, f"{path} holds no images, as arr_0, x or images")
+        if labelled:
+            require("labels" in arrays, f"{path} holds no labels, as arr_1, y or labels")
         with decoding(path, "does not hold images and labels"):
-            if not labelled:
-                labels = np.zeros(len(images), int)
-                classes = None
-            data = Arrays(images, labels, classes)
+            data = Arrays(**arrays)
     elif (path / "packed.json").exists():
         with decoding(path, "is no packed folder"):
             data = Packed(path)
@@ -1201,23 +1187,15 @@ def open_data(source, resolution=None, held_out=False, labelled=True):
     return data
 
 
-NPZ_NAMES = {                           # what is called how, here and by other programs
-    "images": ["images", "arr_0", "x"],
-    "labels": ["labels", "arr_1", "y"],
-    "classes": ["classes"],
-    "mu": ["mu"],
-    "sigma": ["sigma"],
-}
+# What sample.py and other programs call the arrays of images and labels.
+ARRAY_NAMES = {"arr_0": "images", "x": "images", "arr_1": "labels", "y": "labels"}
 
 
-def read_npz(path, *wanted):
-    """The arrays of a file that np.savez wrote, as in NPZ_NAMES; None for those it lacks."""
+def read_npz(path, wanted):
+    """Those of the wanted arrays that a file of np.savez holds: name -> array."""
     with decoding(path, "does not hold arrays"), np.load(path) as stored:
-        found = []
-        for name in wanted:
-            keys = [key for key in NPZ_NAMES[name] if key in stored]
-            found.append(stored[keys[0]] if keys else None)
-        return found
+        names = {key: ARRAY_NAMES.get(key, key) for key in stored}
+        return {name: stored[key] for key, name in names.items() if name in wanted}
 
 
 class DataSet:
@@ -1234,10 +1212,10 @@ class DataSet:
 class Arrays(DataSet):
     """Images in a common layout, labels (N,) and the names of the classes."""
 
-    def __init__(self, images, labels, classes=None):
+    def __init__(self, images, labels=None, classes=None):
         self.images = as_pixels(images)
-        self.labels = np.asarray(labels)
         n = len(self.images)
+        self.labels = np.zeros(n, int) if labels is None else np.asarray(labels)
         n_classes = max(n, 1000) if classes is None else len(classes)
         require(
             self.labels.shape == (n,)
@@ -1288,31 +1266,40 @@ class Packed(Arrays):
         return Packed, (self.folder,)
 
 
-def pack(data, folder, workers=0):
+def pack(data, folder, workers=1):
     """Decode a data set once, into a packed folder. If it is interrupted, start again."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     require(not own_files(folder), f"{folder} holds other files; choose another")
     done = (folder / "packed.json").exists()
     require(not done, f"{folder} is packed already; choose another")
-    shape = (len(data), data.resolution, data.resolution, 3)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    loader = torch.utils.data.DataLoader(data, batch_size=64, num_workers=workers)
-    data[0]                             # if no image can be read, the error comes here
-    labels = []
+    shape = (data.resolution, data.resolution, 3)
+    labels = []                         # of the images that can be read
+
+    def write_header(f, n):             # always of the same length
+        header = {"descr": "|u1", "fortran_order": False, "shape": (n, *shape)}
+        np.lib.format.write_array_header_1_0(f, header)
 
     def write(f):
-        np.lib.format.write_array_header_1_0(f, header)
+        write_header(f, len(data))
         if hasattr(os, "posix_fallocate"):  # a disk that is too small says so now
-            os.posix_fallocate(f.fileno(), 0, f.tell() + math.prod(shape))
-        for images, some_labels in progress(read_by(loader), len(loader), "packing"):
-            f.write(images.numpy())
-            labels.extend(some_labels.tolist())
+            os.posix_fallocate(f.fileno(), 0, f.tell() + len(data) * math.prod(shape))
+        blocks = np.array_split(np.arange(len(data)), math.ceil(len(data) / 512))
+        for block in progress(blocks, len(blocks), "packing"):
+            for i, image in zip(block, readers.map(data.image, block)):
+                if image is not None:
+                    f.write(image.tobytes())
+                    labels.append(int(data.labels[i]))
+        require(labels, "none of the images can be read")
+        f.truncate()
+        f.seek(0)
+        write_header(f, len(labels))
 
-    save_atomically(folder / "images.npy", write)
+    with ThreadPool(workers) as readers:    # decoding does not keep other threads waiting
+        save_atomically(folder / "images.npy", write)
     text = json.dumps({"labels": labels, "classes": data.classes})
     save_text(folder / "packed.json", text)
-    say("packed:", folder)
+    say(f"packed: {len(labels):,} images in {folder}")
 
 
 def own_files(folder):
@@ -1324,34 +1311,29 @@ class ImageFolder(DataSet):
     """A folder with one sub-folder of images per class, in sorted order, or of images of one class.
 
     Any type, colour mode and size that Pillow opens. A file that cannot be decoded is named in a
-    warning and replaced by the next. resolution None: each image has its own size."""
+    warning and replaced by the next of its class. resolution None: each image has its own size."""
 
     def __init__(self, root, resolution):
         folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
+        lists = [images_in(folder) for folder in folders]
         beside = images_in(root)
-        if folders and beside:
-            warn(f"{root}: {len(beside)} images beside the sub-folders of classes are left out")
-        if folders:
-            self.classes = [folder.name for folder in folders]
-            lists = [images_in(folder) for folder in folders]
-        else:
-            self.classes = ["images"]   # one name, wherever they lie
+        self.classes = [folder.name for folder in folders]
+        if not folders:
             folders = [root]
             lists = [beside]
-        files = []
-        labels = []
-        for label, (folder, found) in enumerate(zip(folders, lists)):
+            self.classes = ["images"]   # one name, wherever they lie
+        elif beside:
+            warn(f"{root}: {len(beside)} images beside the sub-folders of classes are left out")
+        for folder, found in zip(folders, lists):
             require(
                 found,
                 f"{folder} holds no images; --data has one sub-folder of images per class, or "
                 "images of one class: are they one level down, or up?",
             )
-            files += found
-            labels += [label] * len(found)
         # An array of bytes, which the workers share. A list would be copied into each of them: even
         # reading a Python object writes to its memory, as references to it are counted there.
-        self.paths = np.array(files, dtype=bytes)
-        self.labels = np.array(labels)
+        self.paths = np.concatenate([np.array(found, dtype=bytes) for found in lists])
+        self.labels = np.repeat(np.arange(len(lists)), [len(found) for found in lists])
         self.resolution = resolution
         self.broken = set()
 
@@ -1369,20 +1351,29 @@ class ImageFolder(DataSet):
             return None
 
     def __getitem__(self, i):
-        n = len(self)
-        for k in range(i, i + n):
-            image = self.image(k % n)
+        label = int(self.labels[i])
+        first, end = np.searchsorted(self.labels, [label, label + 1])       # of its class
+        for k in [*range(i, end), *range(first, i)]:
+            image = self.image(k)
             if image is not None:
-                return image, int(self.labels[k % n])
-        raise UserError("none of the images can be read")
+                return image, label
+        raise UserError(f"none of the images of class {self.classes[label]} can be read")
 
 
 def images_in(folder):
     """The files of a folder that Pillow can open, by their endings: sorted paths, as bytes."""
     known = Image.registered_extensions().items()
     endings = {ending for ending, kind in known if kind in Image.OPEN}
-    visible = [path for path in folder.iterdir() if path.name[0] != "."]
-    return sorted(bytes(path) for path in visible if path.suffix.lower() in endings)
+    found = []
+    for entry in os.scandir(folder):
+        path = Path(entry)
+        if path.suffix.lower() not in endings or path.name[0] == ".":
+            continue
+        if entry.is_file():
+            found.append(bytes(path))
+        else:
+            warn(f"{path} is left out: it is no file, or a link to none")
+    return sorted(found)
 
 
 WAITS = [0.1, 0.3, 1, 3, 10, 20, 30]    # seconds between attempts to read a file
@@ -1436,7 +1427,7 @@ def prepare_cifar10(path):
     if (path / "packed.json").exists():
         return
     if path.exists() and own_files(path):
-        say(f"{path} holds images of its own; CIFAR-10 would be fetched if it did not exist")
+        say(f"{path} holds images of its own; without the folder, CIFAR-10 would be fetched")
         return
     if LOCAL_RANK == 0:
         fetch_cifar10(path.parent)
