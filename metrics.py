@@ -583,7 +583,8 @@ def main(arguments):
     results = []
     for name, truncation, resolution, features in sets_to_score(args, inception):
         if real is None:
-            real = real_features(args, None if args.fake else resolution, inception)
+            at_own_size = args.fake and args.data != "shapes"
+            real = real_features(args, None if at_own_size else resolution, inception)
         fake = features()
         if rank() > 0:
             continue

@@ -666,12 +666,13 @@ def read_tensors(path):
 def decoding(path, what):
     """Whatever a decoder raises becomes a UserError: the file is no such file.
 
-    What the file system says, an OSError with a number, is no fault of the file. It goes on.
-    (EINVAL is torch's, for a file that was cut short.)"""
+    What the file system says, an OSError with a number, is no fault of the file. It goes on, and
+    names the file. (EINVAL is torch's, for a file that was cut short.)"""
     try:
         yield
     except Exception as error:
         if getattr(error, "errno", None) not in (None, errno.EINVAL):
+            error.filename = str(path)
             raise
         reason = re.split(r"\n| <", str(error))[0][:100]    # its first line, without objects
         raise UserError(f"{path} {what} ({reason})") from None
@@ -757,6 +758,8 @@ def run(main):
             f"WORLD_SIZE is {WORLD_SIZE}, but not set by torchrun: unset it, or use torchrun",
         )
         main(sys.argv[1:])
+    except SystemExit as end:               # of argparse
+        status = end.code
     except Exception as error:
         status = report(error)
     # The usual exit would wait for the workers that load data, which ignore signals to stop, and

@@ -3771,10 +3771,10 @@ def test_a_checkpoint_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one
     (tmp_path / "a.pt").write_bytes(saved({"a": torch.ones(1)}))
 
     def load(*arguments, **options):
-        raise OSError(5, "Input/output error", "a.pt")
+        raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(OSError, match="Input/output error: .*a.pt"):
         sample.read_tensors(tmp_path / "a.pt")
 
 
@@ -3830,6 +3830,14 @@ def test_a_run_goes_on_where_nothing_can_be_printed(tmp_path):
         assert process.stderr.read() == ""
         assert process.wait() == 0
         assert steps_kept(tmp_path / name) == [2]
+
+
+def test_help_that_cannot_be_printed_is_no_error():
+    with open("/dev/full", "w") as full_disk:
+        process = subprocess.run(
+            [sys.executable, HERE / "train.py", "--help"], stdout=full_disk, stderr=subprocess.PIPE
+        )
+    assert (process.returncode, process.stderr) == (0, b"")
 
 
 def test_ctrl_c_that_ends_the_reader_of_the_output_first_saves_all_the_same(tmp_path):

@@ -463,9 +463,7 @@ def in_parallel(network):
 def train(trainer, data, held_out, args):
     """Train until all steps are done, a signal asks to stop, or G collapses."""
     def is_due(every):
-        if trainer.step == args.steps:
-            return True
-        return trainer.step % every == 0
+        return trainer.step == args.steps or trainer.step % every == 0
 
     signals = catch_signals()           # a list, empty until a signal arrives
     real_batches = batches(data, args, trainer.step, trainer.device)
