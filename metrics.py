@@ -24,15 +24,14 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from biggan import UserError, processes, rank, require
-from sample import (CACHE, check_output, check_range, command_line, draw_seeds, fetch, gather_rows,
-                    keep_freed_memory, pick_device, read_generator, read_tensors,
-                    rows_of_this_process, run, save_atomically, save_text, say, start_processes,
-                    stop_processes, typed_options, warn)
+from biggan import rank, require
+from sample import (CACHE, check_output, check_range, command_line, decoding, draw_seeds, fetch,
+                    gather_rows, pick_device, read_generator, read_tensors, rows_of_this_process,
+                    run, save_atomically, save_text, say, start_processes, sum_over_processes,
+                    typed_options, warn)
 from train import give_up, open_data, read_npz
 
 # ==================================================================================================
@@ -93,7 +92,7 @@ def inception_score(probs, splits=10):
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def kernel_distance(a, b, subsets=100, size=1000, seed=0):
+def kernel_distance(a, b, subsets=100, size=1000):
     """How alike are points within each set (N, d), (M, d), compared with points of different sets?
 
     `kernel` is large for points that are alike. Its mean within a, plus that within b, minus twice
@@ -105,7 +104,7 @@ def kernel_distance(a, b, subsets=100, size=1000, seed=0):
     b = torch.as_tensor(b, dtype=torch.float64)
     size = min(size, len(a), len(b))
     require(size >= 2, "the kernel distance needs two points of each kind")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     distances = []
     for _ in range(subsets):
         x = a[rng.choice(len(a), size, replace=False)]
@@ -144,18 +143,14 @@ def covered(points, centres, k):
     """The part of the points (M, d) that lies in a ball around one of the centres (N, d)."""
     require(len(centres) > k, f"{len(centres)} points have no {k} neighbours")
     finite(points.sum() + centres.sum(), "features")
-    radii = []
-    for x in centres.split(1000):           # k + 1: the nearest centre is the point itself
-        radii.append(torch.cdist(x, centres).kthvalue(k + 1).values)
+    # k + 1: the nearest centre is the point itself.
+    radii = [torch.cdist(x, centres).kthvalue(k + 1).values for x in centres.split(1000)]
     radii = torch.cat(radii)                # (N,)
-    inside = []
-    for x in points.split(1000):
-        inside.append((torch.cdist(x, centres) <= radii).any(1))
-    part = torch.cat(inside).double().mean()
-    return part.item()
+    inside = [(torch.cdist(x, centres) <= radii).any(1) for x in points.split(1000)]
+    return torch.cat(inside).double().mean().item()
 
 
-def sliced_wasserstein(a, b, projections=512, seed=0):
+def sliced_wasserstein(a, b, projections=512):
     """How far must points (N, d) move, on average, to become other points (N, d)?
 
     That is the Wasserstein-1 distance, which takes an optimal pairing. On a line it is known: the
@@ -164,7 +159,7 @@ def sliced_wasserstein(a, b, projections=512, seed=0):
     a = torch.as_tensor(a)
     b = torch.as_tensor(b)
     require(a.shape == b.shape, f"sets of different shapes: {tuple(a.shape)}, {tuple(b.shape)}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     directions = torch.randn(projections, a.shape[1], generator=generator, dtype=a.dtype)
     directions = F.normalize(directions, dim=1)
     total = 0.0
@@ -212,15 +207,13 @@ class Inception(nn.Module):
     def __init__(self, weights):
         super().__init__()
         state = weights if isinstance(weights, dict) else read_tensors(weights)
-        try:
+        with decoding("the file", f"is not Inception of 2015, which is {INCEPTION_URL}"):
             for name, tensor in fold_norms(state).items():
                 self.register_buffer(name, tensor)
             self.to(memory_format=torch.channels_last)
             _, logits = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
             require(logits.shape == (1, 1008), "not 1,008 outputs")
-            require(logits.isfinite().all(), "its outputs are not finite")
-        except (UserError, AttributeError, KeyError, RuntimeError) as error:
-            raise UserError(f"not Inception of 2015 ({error}), which is {INCEPTION_URL}") from None
+            finite(logits, "its outputs")
 
     @torch.no_grad()
     def forward(self, x):                   # (N, 3, H, W), 0 to 255
@@ -301,17 +294,18 @@ def fold_norms(state):
 # Images are taken apart into bands, from fine to coarse, and compared patch by patch in each band.
 # Karras et al. 2018.
 
-def blur(x, gain=1.0):
+def blur(x):
     """Convolve each channel with the binomial filter (1 4 6 4 1) / 16 both ways."""
     line = torch.tensor([1, 4, 6, 4, 1], dtype=x.dtype) / 16
-    kernel = (gain * line[:, None] * line).expand(x.shape[1], 1, 5, 5)
+    kernel = (line[:, None] * line).expand(x.shape[1], 1, 5, 5)
     return F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), kernel, groups=x.shape[1])
 
 
 def enlarge(x):                             # (N, C, H, W) -> (N, C, 2H, 2W)
-    one = x.new_ones(x.shape[1], 1, 1, 1)
-    spread = F.conv_transpose2d(x, one, stride=2, output_padding=1, groups=x.shape[1])
-    return blur(spread, gain=4)             # 4, as three of four pixels are zero
+    N, C, H, W = x.shape
+    spread = x.new_zeros(N, C, 2 * H, 2 * W)
+    spread[:, :, ::2, ::2] = x
+    return 4 * blur(spread)                 # 4, as three of four pixels are zero
 
 
 def laplacian_pyramid(x):
@@ -399,7 +393,7 @@ def features_of(images, n, inception, what):
     zeros = partial(torch.zeros, dtype=torch.float64, device=device)
     total = zeros(2048)                     # the sum of all features f
     products = zeros(2048, 2048)            # and of all f f^T
-    for rows in rows_of_this_process(n, 16, what):  # 16 images fit into a CPU's cache
+    for rows in rows_of_this_process(n, what):  # 16 images fit into a CPU's cache
         found = [(row, x) for row, x in zip(rows, images(rows)) if x is not None]
         sizes += [[x.shape[:2]] for _, x in found]
         pixels += [x[None] for row, x in found if row < N_PATCHED]
@@ -436,13 +430,6 @@ def pixels_of_one_size(images, sizes, what):
         listed = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(different[:9], counts))
         warn(f"{what} have no common size, square and from 7x7 on, for SWD ({listed})")
     return None
-
-
-def sum_over_processes(tensor):
-    tensor = tensor.cpu()
-    if processes() > 1:
-        dist.all_reduce(tensor)
-    return tensor.numpy()
 
 
 def features_of_data(data, n, inception, what="real images"):
@@ -573,7 +560,6 @@ def sets_to_score(args, inception):
 def main(arguments):
     args = parse(arguments)
     device = pick_device()
-    keep_freed_memory()
     real = read_statistics(args)
     inception = None
     if args.inception != "none":
@@ -613,7 +599,6 @@ def main(arguments):
         best = min(results, key=lambda result: result[key])
         say(f"best: {best['images']}, truncation {best['truncation']}")
     say("written:", args.out)
-    stop_processes()
 
 
 if __name__ == "__main__":

@@ -128,7 +128,6 @@ def read_generator(weights=None, wanted=("all",)):
     """A LoadedGenerator that still needs its `set_truncation`, on the GPU if there is one.
 
     weights: what --weights takes. None: the newest run that has the classes `wanted`."""
-    keep_freed_memory()                     # drawing takes half the time, see part 3
     G = LoadedGenerator(read_weights(weights, wanted))
     return G.to(pick_device(), memory_format=torch.channels_last)
 
@@ -175,13 +174,13 @@ def draw_seeds(G, labels, seeds, noise=truncated_normal):
 
 def image_grid(images, columns):
     """(N, R, R, 3) uint8 -> a Pillow image that shows them in rows, on white."""
-    missing = -len(images) % columns        # how many cells of the last row stay empty
-    padding = ((0, missing), (1, 1), (1, 1), (0, 0))
-    images = np.pad(images, padding, constant_values=255)       # a border around each
-    N, H, W, _ = images.shape
-    rows = images.reshape(N // columns, columns, H, W, 3)
-    rows = rows.swapaxes(1, 2)              # (rows, H, columns, W, 3): lines of pixels
-    return Image.fromarray(rows.reshape(-1, columns * W, 3))
+    cell = images.shape[1] + 2              # an image and the border around it
+    rows = math.ceil(len(images) / columns)
+    grid = Image.new("RGB", (columns * cell, rows * cell), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        grid.paste(Image.fromarray(image), (column * cell + 1, row * cell + 1))
+    return grid
 
 
 # ------------------------------------------------------------------------------------------- sheets
@@ -265,7 +264,6 @@ def main(arguments):
             sheet = make_sheet(G, classes, args)
             save_atomically(args.out, lambda f: sheet.save(f, "PNG"))
     say("written:", args.out)
-    stop_processes()
 
 
 def make_sheet(G, classes, args):
@@ -366,7 +364,7 @@ def write_npz(G, classes, n, seed, out):
     """n images, the classes in turn: arr_0 (n, R, R, 3) uint8, arr_1 (n,). All processes draw."""
     labels = np.resize(classes, n)
     drawn = []
-    for rows in rows_of_this_process(n, 16, "drawing"):         # an array of up to 16 numbers
+    for rows in rows_of_this_process(n, "drawing"):         # an array of up to 16 numbers
         drawn.append(draw_seeds(G, labels[rows], seed + rows, G.noise))
     images = gather_rows(drawn)
     if rank() == 0:
@@ -553,7 +551,7 @@ def read_weights(weights=None, wanted=("all",), to_train=False):
     wanted: the classes asked for, which decide what None means. to_train: also read what is only
     needed to train on, if it is there."""
     content, path = find_weights(weights, wanted)
-    try:
+    with decoding(path, "holds no BigGAN; name another"):
         content = unwrapped(content)
         if "G_ema" in content:
             found = from_own(content, to_train)
@@ -564,9 +562,6 @@ def read_weights(weights=None, wanted=("all",), to_train=False):
         if found.classes is None:
             found.classes = class_names(found.config.n_classes)
         check_weights(found)
-    except (UserError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error)[:200]
-        raise UserError(f"{path} holds no BigGAN ({reason}); name another") from None
     return found
 
 
@@ -580,8 +575,13 @@ def check_weights(found):
             continue
         with torch.device("meta"):          # shapes without memory
             network(found.config).load_state_dict(state, assign=True)
-        wrong = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+        wrong = not_finite(state)
         require(not wrong, f"{wrong} are not finite")
+
+
+def not_finite(state):
+    """The names of the tensors in a state dict that hold a NaN or an infinite number."""
+    return [name for name, tensor in state.items() if not tensor.isfinite().all()]
 
 
 def find_weights(weights, wanted=("all",)):
@@ -623,7 +623,7 @@ def newest_run(wanted):
             described = json.loads(Path(folder, "config.json").read_text())
             class_indices(wanted, described["classes"])
             found = newest_checkpoint(folder)
-        except (UserError, AttributeError, OSError, LookupError, TypeError, ValueError) as error:
+        except Exception as error:          # it may be anybody's folder
             say(f"not with {folder}: {error!s:.80}")
         else:
             say(f"drawing with {folder}, the newest run with these classes, see --weights")
@@ -672,9 +672,9 @@ def decoding(path, what):
         yield
     except Exception as error:
         if getattr(error, "errno", None) not in (None, errno.EINVAL):
-            error.filename = str(path)
+            error.filename = error.filename or str(path)
             raise
-        reason = re.split(r"\n| <", str(error))[0][:100]    # its first line, without objects
+        reason = re.sub(r" <.*|\n", "", str(error))[:200]       # one line, without objects
         raise UserError(f"{path} {what} ({reason})") from None
 
 
@@ -758,6 +758,9 @@ def run(main):
             f"WORLD_SIZE is {WORLD_SIZE}, but not set by torchrun: unset it, or use torchrun",
         )
         main(sys.argv[1:])
+        if processes() > 1:
+            dist.barrier()
+            dist.destroy_process_group()
     except SystemExit as end:               # of argparse
         status = end.code
     except Exception as error:
@@ -806,17 +809,18 @@ def warn(*words):
     tell(sys.stderr, "warning:", *words)
 
 
-def progress(items, total, what):
-    """Yield the items, of which there are `total`, and say every ten seconds how far it is."""
+def progress(rows, at_once, what):
+    """Yield the rows (n,), some at once, and say every ten seconds how far it is."""
+    total = max(1, math.ceil(len(rows) / at_once))          # blocks: one, if there are no rows
     started = time.perf_counter()
     last_said = started
-    for done, item in enumerate(items):
+    for done, block in enumerate(np.array_split(rows, total)):
         now = time.perf_counter()
         if done and now - last_said > 10:
             last_said = now
             minutes = (now - started) * (total / done - 1) / 60
             say(f"{what}: {done / total:.0%}, {minutes:.1f} minutes left")
-        yield item
+        yield block
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -863,8 +867,9 @@ if WORLD_SIZE > 1:                      # else there is no torchrun
 
 
 def pick_device():
-    """This process's GPU, or the CPU if there is none."""
+    """This process's GPU, or the CPU if there is none. Prepares it for this kind of work."""
     if not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     matmul = torch.backends.cuda.matmul
     matmul.allow_tf32 = False               # TF32 would round float32 to 10 bits
@@ -888,17 +893,10 @@ def start_processes():
     dist.init_process_group(backend, store=store, rank=own_rank, world_size=world_size)
 
 
-def stop_processes():
-    if processes() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def rows_of_this_process(n, at_once, what):
+def rows_of_this_process(n, what):
     """Yield this process's part of the rows 0 to n - 1, some at once, and say how far it is."""
     own = np.array_split(np.arange(n), processes())[rank()]
-    n_blocks = max(1, math.ceil(len(own) / at_once))        # one, if it is empty
-    return progress(np.array_split(own, n_blocks), n_blocks, what)
+    return progress(own, 16, what)
 
 
 def gather_rows(blocks):
@@ -910,12 +908,20 @@ def gather_rows(blocks):
     return np.concatenate(everything or [[]])
 
 
+def sum_over_processes(tensor):
+    """The sum of the processes' tensors, as an array."""
+    tensor = tensor.cpu()
+    if processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor.numpy()
+
+
 def keep_freed_memory():
     """Have the C library keep the memory of freed tensors.
 
     Else the system clears every page of a large block before it hands it out again. On a CPU, that
     costs training 10 to 25% of its time, and drawing up to half."""
-    if sys.platform == "linux" and not torch.cuda.is_available():
+    if sys.platform == "linux":
         c_library = ctypes.CDLL(None)
         if hasattr(c_library, "mallopt"):   # glibc's
             c_library.mallopt(-4, 0)        # M_MMAP_MAX: no block outside the heap

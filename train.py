@@ -42,7 +42,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
 
@@ -81,8 +80,8 @@ from sample import (
     fetch,
     gather_rows,
     image_grid,
-    keep_freed_memory,
     newest_checkpoint,
+    not_finite,
     pick_device,
     progress,
     read_weights,
@@ -91,7 +90,7 @@ from sample import (
     save_text,
     say,
     start_processes,
-    stop_processes,
+    sum_over_processes,
     typed_options,
     wait_for,
     warn,
@@ -109,8 +108,10 @@ except ImportError:
 # ----------------------------------------------------------------------------------------- settings
 # The defaults are the paper's ImageNet run at 128x128.
 
-def add_recipe_options(add):
-    """The options that decide what is computed. add: a parser's add_argument."""
+def make_parser():
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--preset", default="imagenet128", choices=PRESETS, help="named settings")
     add("--data", help="images: a folder with a sub-folder per class; packed; shapes")
     add("--init", help="weights to start from, which decide the architecture")
     add("--model", default="biggan128", choices=MODELS, help="architecture; images get its size")
@@ -137,10 +138,7 @@ def add_recipe_options(add):
     add("--sigma-fixed", type=float, help="lower G's largest singular values to this")
     add("--sigma-ratio", type=float, help="or to so many times the second largest")
     add("--sigma-pull", type=float, default=0.0, help="or pull, by a penalty of this weight")
-
-
-def add_run_options(add):
-    """The options that decide where and how a run goes on."""
+    # Where and how a run goes on.
     add("--out", help="the run's folder; runs/PRESET unless given")
     add("--pack", help="do not train: decode all images once, into this folder")
     add("--held-out", help="images not trained on, to see whether D knows --data by heart")
@@ -154,13 +152,6 @@ def add_run_options(add):
     add("--keep", type=int, default=3, help="how many of the newest checkpoints remain")
     add("--keep-every", type=int, default=25_000, help="checkpoints at multiples of this remain")
     add("--on-collapse", default="stop", choices=["stop", "warn"], help="when G collapses")
-
-
-def make_parser():
-    parser = command_line(__doc__)
-    parser.add_argument("--preset", default="imagenet128", choices=PRESETS, help="named settings")
-    add_recipe_options(parser.add_argument)
-    add_run_options(parser.add_argument)
     return parser
 
 
@@ -257,7 +248,7 @@ class Trainer:
         self.dtype = torch.float64 if args.precision == "fp64" else torch.float32
         # Which rows of a batch this process takes, how many of them at a time, and the weight of a
         # micro-batch in the mean over all of them.
-        self.rows = rows_of_batch(args.batch, args.micro_batch)
+        self.rows = rows_of_batch(args)
         self.micro = args.micro_batch // processes()
         self.share = self.micro / len(self.rows)
 
@@ -272,6 +263,7 @@ class Trainer:
             if args.compile:
                 network.compile(dynamic=False)
         self.ema = EMA(self.G, args.ema, args.ema_start)
+        self.G_ema = self.ema.model
         self.parallel_G = in_parallel(self.G)
         self.parallel_D = in_parallel(self.D)
 
@@ -302,7 +294,7 @@ class Trainer:
             with self.autocast(self.half):
                 with torch.no_grad():   # only D learns: no graph through G
                     fake = self.G(batch.z, batch.labels)
-                fake = self.augment_fake(fake, batch)       # the recipe leaves it as it is
+                fake = augment(fake, self.args.augment, batch.r[:, 0])  # the recipe: as it is
                 real_logits, fake_logits = self.discriminate(batch, fake)
             loss = self.loss_d(real_logits, fake_logits)
             penalty = penalties_on_D(self, batch, fake)         # the recipe has none
@@ -323,7 +315,7 @@ class Trainer:
         for batch in self.micro_batches(turn=0):
             with self.autocast(self.half):
                 fake = self.parallel_G(batch.z, batch.labels)
-                fake = self.augment_fake(fake, batch)
+                fake = augment(fake, self.args.augment, batch.r[:, 0])
                 fake_logits = self.D(fake, batch.labels)
             loss = self.loss_g(fake_logits)
             self.backward(loss, self.share)
@@ -340,13 +332,10 @@ class Trainer:
         labels = torch.cat([batch.real_labels, batch.labels])
         return self.parallel_D(images, labels).split(len(batch.real))
 
-    def augment_fake(self, fake, batch):
-        return augment(fake, self.args.augment, batch.r[:, 0])
-
     def autocast(self, half):
         return torch.autocast(self.device.type, half, enabled=half is not None)
 
-    def backward(self, loss, weight=1.0):
+    def backward(self, loss, weight):
         """Add the gradient of weight * loss to what is there."""
         self.scaler.scale(loss * weight).backward()
 
@@ -410,24 +399,16 @@ class Trainer:
 
     # What a checkpoint holds.
 
-    def parts(self):
-        return {
-            "G": self.G,
-            "D": self.D,
-            "G_ema": self.ema.model,
-            "opt_G": self.opt_G,
-            "opt_D": self.opt_D,
-            "scaler": self.scaler,
-        }
+    parts = ["G", "D", "G_ema", "opt_G", "opt_D", "scaler"]
 
     def state_dict(self):
-        state = {name: part.state_dict() for name, part in self.parts().items()}
+        state = {name: getattr(self, name).state_dict() for name in self.parts}
         return {"step": self.step, "model": dataclasses.asdict(self.config), **state}
 
     def load_state_dict(self, state):
         self.step = state["step"]
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+        for name in self.parts:
+            getattr(self, name).load_state_dict(state[name])
 
 
 @dataclass
@@ -515,7 +496,6 @@ def train(trainer, data, held_out, args):
 def main(arguments):
     args = parse_settings(arguments)
     device = pick_device()
-    keep_freed_memory()
     if args.compile:
         try_to_compile(device)
     if args.precision == "auto":
@@ -555,7 +535,6 @@ def main(arguments):
         give_up(f"the processes have read different checkpoints; {args.out} is on no shared disk")
     del checkpoint, initial             # gigabytes
     train(trainer, data, held_out, args)
-    stop_processes()
 
 
 def has_fast_bf16(device):
@@ -633,9 +612,9 @@ def check_typed(typed):
         require(WORLD_SIZE == 1, "--pack is done by one process, without torchrun")
 
 
-def model_config(args, n_classes=1):
+def model_config(args):
     """The architecture that the settings ask for. (For any other, add a line to MODELS.)"""
-    changes = {"n_classes": n_classes}
+    changes = {}
     if args.ch is not None:
         changes["ch"] = args.ch
     if args.shared_dim is not None:
@@ -707,7 +686,7 @@ def start_from(trainer, weights, classes):
     """Take over other weights. If the classes differ, their embeddings stay random."""
     same_classes = classes == weights.classes
     take_over(trainer.G, weights.G or weights.G_ema, same_classes)
-    take_over(trainer.ema.model, weights.G_ema, same_classes)
+    take_over(trainer.G_ema, weights.G_ema, same_classes)
     take_over(trainer.D, weights.D or {}, same_classes)
     say("started from --init" if same_classes else "started from --init, without its classes")
     if not weights.D:
@@ -808,11 +787,8 @@ def spread_within(images, labels):
 
     Averaged, as a G that has collapsed may still add different noise to the same picture."""
     small = F.adaptive_avg_pool2d(images.float(), 8)        # (N, 3, 8, 8)
-    variances = []
-    for y in labels.unique():
-        variances.append(small[labels == y].var(0, correction=0).mean())
-    variance = torch.stack(variances).mean()
-    return variance.sqrt().item()
+    variances = [small[labels == y].var(0, correction=0).mean() for y in labels.unique()]
+    return torch.stack(variances).mean().sqrt().item()
 
 
 # ------------------------------------------------------------------------------------------ the log
@@ -844,20 +820,13 @@ def write_log(args, lines):
 
 def line_of(trainer, logged, started):
     """The line of the log for some steps: the means of what they have logged, and their time."""
-    line = {"step": trainer.step, **means_of(logged)}
+    steps = [torch.stack([*values.values()]) for values in logged]
+    means = torch.stack(steps).float().mean(0)      # one number per name
+    means = sum_over_processes(means) / processes()
+    line = {"step": trainer.step, **dict(zip(logged[0], means.tolist()))}
     stop_if_not_finite(trainer, line)
     line["seconds_per_step"] = (time.perf_counter() - started) / len(logged)
     return line
-
-
-def means_of(logged):
-    """What some steps have logged -> {name: mean over these steps and all processes}."""
-    steps = [torch.stack([*values.values()]) for values in logged]
-    means = torch.stack(steps).float().mean(0)      # one number per name
-    if processes() > 1:
-        dist.all_reduce(means)
-        means = means / processes()
-    return dict(zip(logged[0], means.tolist()))
 
 
 def real_examples(trainer, data, held_out, args):
@@ -979,7 +948,7 @@ def delete_checkpoints(args, newest):
 
 def save_samples(trainer, args):
     """A grid of ten seeds of 16 classes, drawn with EMA weights and standing statistics."""
-    G = copy.deepcopy(trainer.ema.model).float()
+    G = copy.deepcopy(trainer.G_ema).float()
     standing_statistics(fold_spectral_norm(G))
     if rank() == 0:
         n_classes = min(16, trainer.config.n_classes)
@@ -1013,10 +982,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 def in_any_process(condition):
     """Does the condition hold in any process? All must ask, and all get the same answer."""
     # The tensor is on the CPU, so that the GPU is not waited for.
-    holds = torch.tensor(int(bool(condition)))
-    if processes() > 1:
-        dist.all_reduce(holds, dist.ReduceOp.MAX)
-    return bool(holds)
+    return sum_over_processes(torch.tensor(1 if condition else 0)) > 0
 
 
 def give_up(sentence):
@@ -1030,10 +996,8 @@ def stop_if_not_finite(trainer, means):
     float16 skips an update now and then, and each time the loss scale halves. If that has become
     tiny, it has skipped all of them."""
     wrong = [name for name, mean in means.items() if not math.isfinite(mean)]
-    for network in trainer.G, trainer.D, trainer.ema.model:
-        for name, tensor in network.state_dict().items():
-            if not tensor.isfinite().all():
-                wrong.append(name)
+    for network in trainer.G, trainer.D, trainer.G_ema:
+        wrong += not_finite(network.state_dict())
     if trainer.scaler.get_scale() < 2**-14:
         wrong.append("the scaled loss")
     if wrong:
@@ -1059,10 +1023,10 @@ def generator(stream, *numbers):
     return torch.Generator().manual_seed(int(state))
 
 
-def rows_of_batch(batch, micro_batch):
+def rows_of_batch(args):
     """Which rows of a batch are this process's: an equal part of every micro-batch."""
-    part = micro_batch // processes()
-    return [row for row in range(batch) if row // part % processes() == rank()]
+    part = args.micro_batch // processes()
+    return [row for row in range(args.batch) if row // part % processes() == rank()]
 
 
 def in_order(length, batch, position, seed, rows):
@@ -1085,7 +1049,7 @@ def in_order(length, batch, position, seed, rows):
 
 def batches(data, args, step, device):
     """This process's real images from `step` on, without end: (N, 3, R, R) and labels (N,)."""
-    rows = rows_of_batch(args.batch, args.micro_batch)
+    rows = rows_of_batch(args)
     first = step * args.d_steps         # how many batches the run has used
     on_gpu = device.type == "cuda"
     workers = args.workers
@@ -1282,8 +1246,7 @@ def pack(data, folder, workers=1):
         write_header(f, len(data))
         if hasattr(os, "posix_fallocate"):  # a disk that is too small says so now
             os.posix_fallocate(f.fileno(), 0, f.tell() + len(data) * math.prod(shape))
-        blocks = np.array_split(np.arange(len(data)), math.ceil(len(data) / 512))
-        for block in progress(blocks, len(blocks), "packing"):
+        for block in progress(np.arange(len(data)), 512, "packing"):
             for i, image in zip(block, readers.map(data.image, block)):
                 if image is not None:
                     f.write(image.tobytes())
@@ -1374,7 +1337,7 @@ def images_in(folder):
     return sorted(found)
 
 
-WAITS = [0.1, 0.3, 1, 3, 10, 20, 30]    # seconds between attempts to read a file
+WAITS = [0.1, 0.3, 1, 3, 10, 20, 30, None]  # seconds between attempts to read; None: no more
 
 
 def read_patiently(path):
@@ -1383,12 +1346,10 @@ def read_patiently(path):
         try:
             return Path(path).read_bytes()
         except OSError as error:
+            if seconds is None:
+                raise UserError(f"{error}, for a minute") from None
             warn(f"{error}; trying again in {seconds} s")
             time.sleep(seconds)
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{error}, for a minute") from None
 
 
 Image.MAX_IMAGE_PIXELS = None           # the user's own files may have any size
@@ -1442,7 +1403,7 @@ def fetch_cifar10(folder):
             content = b"".join(read_member(tar, file) for file in files)
             records = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
             labels = records[:, 0]
-            images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            images = records[:, 1:].reshape(-1, 3, 32, 32)
             if not (folder / name / "packed.json").exists():
                 pack(Arrays(images, labels, classes), folder / name)
 
