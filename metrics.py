@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from biggan import rank, require
-from sample import (CACHE, check_output, check_range, command_line, decoding, draw_seeds, fetch,
-                    gather_rows, pick_device, read_generator, read_tensors, rows_of_this_process,
-                    run, save_atomically, save_text, say, start_processes, sum_over_processes,
-                    typed_options, warn)
+from sample import (CACHE, SEED, check_output, command_line, decoding, draw_seeds, fetch,
+                    gather_rows, in_range, pick_device, read_generator, read_tensors,
+                    rows_of_this_process, run, save_atomically, save_text, say, start_processes,
+                    sum_over_processes, typed_options, warn)
 from train import give_up, open_data, read_npz
 
 # ==================================================================================================
@@ -483,16 +483,14 @@ def parse(arguments):
     add("--weights", nargs="+", help="as for sample.py, one or several")
     add("--fake", help="instead, score the images in this folder or FILE.npz")
     add("--data", "--real", help="real images: a folder, shapes, FILE.npz of images or statistics")
-    add("--n", type=int, default=10_000, help="samples; compare only scores of equal n")
+    add("--n", type=in_range(int, 8), default=10_000, help="samples; compare scores of equal n")
     add("--trunc", type=float, nargs="+", help="truncations, see sample.py")
-    add("--seed", type=int, default=0, help="which set of n noise vectors")
+    add("--seed", type=SEED, default=0, help="which set of n noise vectors")
     add("--inception", help="Inception's weights, fetched unless given; or none")
     add("--save-stats", help="FILE.npz: keep the statistics of --data, to be used as --data")
     add("--out", default="metrics.json", help="FILE.json")
     args = parser.parse_args(arguments)
     require(args.data, "name real images by --data")
-    check_range(args, ["n"], 8)
-    check_range(args, ["seed"], 0, 2**32)
     of_weights = typed_options(parser, args) & {"weights", "n", "seed", "trunc"}
     require(
         not args.fake or not of_weights,

@@ -210,10 +210,10 @@ def parse(arguments):
     add("--weights", help="what to draw with; else the newest run, or biggan-deep-256")
     add("--class", dest="classes", nargs="+", help="numbers, names, ImageNet words, all")
     add("--trunc", type=float, help="truncation, such as 0.5")
-    add("--n", type=int, default=8, help="images per class")
-    add("--seed", type=int, default=0, help="seed of the first image")
+    add("--n", type=COUNT, default=8, help="images per class")
+    add("--seed", type=SEED, default=0, help="seed of the first image")
     add("--sheet", default="classes", choices=SHEETS, help="what the rows of the picture are")
-    add("--npz", type=int, default=0, help="instead, an array of so many images")
+    add("--npz", type=NATURAL, default=0, help="instead, an array of so many images")
     add("--export", action="store_true", help="instead, the generator alone, as a small file")
     add("--out", help="sample.png, sample.npz or generator.pt, unless given")
     args = parser.parse_args(arguments)
@@ -229,9 +229,6 @@ def parse(arguments):
 
 def check(args, typed):
     """Refuse options that contradict each other. typed: names of those that are not the default."""
-    check_range(args, ["n"], 1)
-    check_range(args, ["npz"], 0)
-    check_range(args, ["seed"], 0, 2**32)
     require(
         not args.export or typed <= {"export", "weights", "out"},
         "--export takes --weights and --out alone; choose a truncation when you draw",
@@ -719,9 +716,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the default of every option, and keeps the description's lines."""
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
 def command_line(description):
     """A parser of options, to which a command adds its own."""
-    return argparse.ArgumentParser(
+    return Parser(
         usage="%(prog)s [options], see --help",
         description=description,
         formatter_class=HelpFormatter,
@@ -734,15 +736,23 @@ def typed_options(parser, args):
     return {name for name, value in vars(args).items() if value != parser.get_default(name)}
 
 
-def check_range(args, names, low, high=math.inf):
-    """Refuse options outside [low, high). None is an option that was not given."""
-    for name in names:
-        value = getattr(args, name)
-        option = name.replace("_", "-")
-        require(
-            value is None or low <= value < high,           # a NaN is outside, too
-            f"--{option} {value} must be at least {low} and less than {high}",
-        )
+def in_range(kind, low, high=math.inf):
+    """A type of options: int or float, from low on and below high."""
+    def read(text):
+        value = kind(text)
+        if low <= value < high:             # a NaN is outside, too
+            return value
+        raise argparse.ArgumentTypeError(f"{text} must be at least {low} and less than {high}")
+
+    read.__name__ = kind.__name__           # is shown where the text is no number
+    return read
+
+
+COUNT = in_range(int, 1)
+NATURAL = in_range(int, 0)
+SEED = in_range(int, 0, 2**32)
+NON_NEGATIVE = in_range(float, 0)
+FRACTION = in_range(float, 0, 1)
 
 
 def run(main):
@@ -761,7 +771,7 @@ def run(main):
         if processes() > 1:
             dist.barrier()
             dist.destroy_process_group()
-    except SystemExit as end:               # of argparse
+    except SystemExit as end:               # after --help
         status = end.code
     except Exception as error:
         status = report(error)

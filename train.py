@@ -70,9 +70,13 @@ from biggan import (
     truncated_normal,
 )
 from sample import (
+    COUNT,
+    FRACTION,
     LOCAL_RANK,
+    NATURAL,
+    NON_NEGATIVE,
+    SEED,
     WORLD_SIZE,
-    check_range,
     checkpoints_of,
     command_line,
     decoding,
@@ -80,6 +84,7 @@ from sample import (
     fetch,
     gather_rows,
     image_grid,
+    in_range,
     newest_checkpoint,
     not_finite,
     pick_device,
@@ -115,42 +120,42 @@ def make_parser():
     add("--data", help="images: a folder with a sub-folder per class; packed; shapes")
     add("--init", help="weights to start from, which decide the architecture")
     add("--model", default="biggan128", choices=MODELS, help="architecture; images get its size")
-    add("--ch", type=int, help="width that channels are multiples of; the model's unless given")
-    add("--shared-dim", type=int, help="length of G's class embedding; 0: a table in each layer")
-    add("--steps", type=int, default=150_000, help="updates of G")
-    add("--batch", type=int, default=2048, help="real images per update, and generated ones")
-    add("--micro-batch", type=int, help="images at a time, if memory is short")
-    add("--d-steps", type=int, default=2, help="updates of D per update of G")
-    add("--g-lr", type=float, default=5e-5, help="learning rate of G")
-    add("--d-lr", type=float, default=2e-4, help="learning rate of D")
-    add("--beta1", type=float, default=0.0, help="Adam's momentum; large runs want none")
-    add("--beta2", type=float, default=0.999, help="Adam's decay of squared gradients")
+    add("--ch", type=COUNT, help="width that channels are multiples of; the model's unless given")
+    add("--shared-dim", type=NATURAL, help="length of G's class embedding; 0: one in each layer")
+    add("--steps", type=COUNT, default=150_000, help="updates of G")
+    add("--batch", type=COUNT, default=2048, help="real images per update, and generated ones")
+    add("--micro-batch", type=COUNT, help="images at a time, if memory is short")
+    add("--d-steps", type=COUNT, default=2, help="updates of D per update of G")
+    add("--g-lr", type=NON_NEGATIVE, default=5e-5, help="learning rate of G")
+    add("--d-lr", type=NON_NEGATIVE, default=2e-4, help="learning rate of D")
+    add("--beta1", type=FRACTION, default=0.0, help="Adam's momentum; large runs want none")
+    add("--beta2", type=FRACTION, default=0.999, help="Adam's decay of squared gradients")
     add("--loss", default="hinge", choices=LOSSES, help="losses of D and G")
-    add("--ortho", type=float, default=1e-4, help="weight of the orthogonal penalty on G")
-    add("--ema", type=float, default=0.9999, help="decay of the EMA weights")
-    add("--ema-start", type=int, default=20_000, help="step until which EMA weights equal G's")
-    add("--flip", type=float, default=0.5, help="probability that a real image is mirrored")
-    add("--seed", type=int, default=0, help="of the weights, the noise and the order of the data")
+    add("--ortho", type=NON_NEGATIVE, default=1e-4, help="weight of the orthogonal penalty on G")
+    add("--ema", type=FRACTION, default=0.9999, help="decay of the EMA weights")
+    add("--ema-start", type=NATURAL, default=20_000, help="step until which EMA weights equal G's")
+    add("--flip", type=FRACTION, default=0.5, help="probability that a real image is mirrored")
+    add("--seed", type=SEED, default=0, help="of the weights, the noise and the order of the data")
     add("--precision", default="auto", choices=PRECISIONS, help="auto: bf16 if the hardware has it")
     # Beyond the recipe.
     add("--augment", default="", help="for few images: colour,translation,cutout or some of them")
-    add("--r1", type=float, default=0.0, help="weight of a penalty on D's gradient at real images")
-    add("--sigma-fixed", type=float, help="lower G's largest singular values to this")
-    add("--sigma-ratio", type=float, help="or to so many times the second largest")
-    add("--sigma-pull", type=float, default=0.0, help="or pull, by a penalty of this weight")
+    add("--r1", type=NON_NEGATIVE, default=0.0, help="weight of D's R1 gradient penalty")
+    add("--sigma-fixed", type=NON_NEGATIVE, help="lower G's largest singular values to this")
+    add("--sigma-ratio", type=NON_NEGATIVE, help="or to so many times the second largest")
+    add("--sigma-pull", type=NON_NEGATIVE, default=0.0, help="or pull, by a penalty of this weight")
     # Where and how a run goes on.
     add("--out", help="the run's folder; runs/PRESET unless given")
     add("--pack", help="do not train: decode all images once, into this folder")
     add("--held-out", help="images not trained on, to see whether D knows --data by heart")
     add("--compile", action="store_true", help="fuse operations; the first step takes minutes")
     add("--fused-attention", action="store_true", help="less time and memory on a GPU")
-    add("--workers", type=int, help="processes that decode images; by default 8, on a CPU 0")
-    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    add("--eval-every", type=int, default=1000, help="steps between sigmas, D's accuracy")
-    add("--sample-every", type=int, default=1000, help="steps between grids of samples")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints")
-    add("--keep", type=int, default=3, help="how many of the newest checkpoints remain")
-    add("--keep-every", type=int, default=25_000, help="checkpoints at multiples of this remain")
+    add("--workers", type=in_range(int, 0, 257), help="decoding processes; 8, on a CPU 0")
+    add("--log-every", type=COUNT, default=50, help="steps between lines of log.jsonl")
+    add("--eval-every", type=COUNT, default=1000, help="steps between sigmas, D's accuracy")
+    add("--sample-every", type=COUNT, default=1000, help="steps between grids of samples")
+    add("--save-every", type=COUNT, default=1000, help="steps between checkpoints")
+    add("--keep", type=COUNT, default=3, help="how many of the newest checkpoints remain")
+    add("--keep-every", type=COUNT, default=25_000, help="checkpoints at multiples of this remain")
     add("--on-collapse", default="stop", choices=["stop", "warn"], help="when G collapses")
     return parser
 
@@ -567,15 +572,6 @@ def open_held_out(args, data):
 
 def check_settings(args):
     """Refuse settings that cannot work, or not together."""
-    counts = "batch ch d_steps eval_every keep keep_every log_every micro_batch sample_every "
-    counts += "save_every steps"
-    weights = "d_lr g_lr ortho r1 shared_dim sigma_fixed sigma_pull sigma_ratio"
-    check_range(args, counts.split(), 1)
-    check_range(args, weights.split(), 0)
-    check_range(args, ["seed"], 0, 2**32)
-    check_range(args, ["beta1", "beta2", "ema"], 0, 1)
-    check_range(args, ["workers"], 0, 257)
-    require(0 <= args.flip <= 1, f"--flip {args.flip} must be from 0 to 1")
     require(args.data, "--data DIR is missing, a folder with one sub-folder of images per class")
     require(
         args.batch % args.micro_batch == 0,
@@ -1332,8 +1328,8 @@ def images_in(folder):
             continue
         if entry.is_file():
             found.append(bytes(path))
-        else:
-            warn(f"{path} is left out: it is no file, or a link to none")
+        elif not entry.is_dir():
+            warn(f"{path} is left out: it leads to no file")
     return sorted(found)
 
 
