@@ -143,11 +143,15 @@ def covered(points, centres, k):
     """The part of the points (M, d) that lies in a ball around one of the centres (N, d)."""
     require(len(centres) > k, f"{len(centres)} points have no {k} neighbours")
     finite(points.sum() + centres.sum(), "features")
-    # k + 1: the nearest centre is the point itself.
-    radii = [torch.cdist(x, centres).kthvalue(k + 1).values for x in centres.split(1000)]
+    radii = []
+    for x in centres.split(1000):           # k + 1: the nearest centre is the point itself
+        radii.append(torch.cdist(x, centres).kthvalue(k + 1).values)
     radii = torch.cat(radii)                # (N,)
-    inside = [(torch.cdist(x, centres) <= radii).any(1) for x in points.split(1000)]
-    return torch.cat(inside).double().mean().item()
+    inside = []
+    for x in points.split(1000):
+        inside.append((torch.cdist(x, centres) <= radii).any(1))
+    part = torch.cat(inside).double().mean()
+    return part.item()
 
 
 def sliced_wasserstein(a, b, projections=512):
@@ -567,8 +571,10 @@ def main(arguments):
     results = []
     for name, truncation, resolution, features in sets_to_score(args, inception):
         if real is None:
-            at_own_size = args.fake and args.data != "shapes"
-            real = real_features(args, None if at_own_size else resolution, inception)
+            real_size = resolution
+            if args.fake and args.data != "shapes":
+                real_size = None            # real images, too, as they are
+            real = real_features(args, real_size, inception)
         fake = features()
         if rank() > 0:
             continue

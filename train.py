@@ -784,7 +784,8 @@ def spread_within(images, labels):
     Averaged, as a G that has collapsed may still add different noise to the same picture."""
     small = F.adaptive_avg_pool2d(images.float(), 8)        # (N, 3, 8, 8)
     variances = [small[labels == y].var(0, correction=0).mean() for y in labels.unique()]
-    return torch.stack(variances).mean().sqrt().item()
+    variance = torch.stack(variances).mean()
+    return variance.sqrt().item()
 
 
 # ------------------------------------------------------------------------------------------ the log
