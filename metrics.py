@@ -19,6 +19,7 @@ How to read this file. Part 1: what the scores are, and Inception. Part 2: the s
 distance of images. Part 3: sets of images, and the command."""
 
 import json
+import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,7 +44,7 @@ from train import give_up, open_data, read_npz
 
 def finite(numbers, what):
     """The numbers, none of which is NaN or infinite. From such, a score may look very good."""
-    require(torch.as_tensor(numbers).isfinite().all(), f"{what} are not finite")
+    require(np.isfinite(numbers).all(), f"{what} are not finite")
     return numbers
 
 
@@ -64,14 +65,16 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     B = factor(np.asarray(cov2, np.float64))
     trace_of_root = np.linalg.svd(A.T @ B, compute_uv=False).sum()
     between = np.square(np.subtract(mu1, mu2, dtype=np.float64)).sum()
-    distance = between + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root
+    traces = np.square(A).sum() + np.square(B).sum()        # tr(A A^T): the sum of A's squares
+    distance = between + traces - 2 * trace_of_root
     return float(max(0, finite(distance, "means")))     # rounding may give -1e-12
 
 
 def factor(cov):
     """A (d, rank) with A A^T = C, from its eigenvectors, each times the root of its eigenvalue."""
     values, vectors = np.linalg.eigh(finite(cov, "covariances"))
-    require(values[0] >= -1e-3 * values[-1], "a covariance has no negative eigenvalues")
+    rounding = -1e-3 * values[-1]
+    require(values[0] >= rounding, "a covariance is wrong: it has a negative eigenvalue")
     nonzero = values > 1e-12 * values[-1]   # what is left is rounding
     return vectors[:, nonzero] * np.sqrt(values[nonzero])
 
@@ -379,7 +382,7 @@ class Features:
     kept: torch.Tensor = None               # features of the first images (N_KEPT, 2048)
     probs: np.ndarray = None                # and class probabilities (N_KEPT, 1008)
     pixels: np.ndarray = None               # the first images (N_PATCHED, R, R, 3) uint8, if
-                                            # all have one size
+    side: int = None                        # all have R x R pixels
 
 
 def features_of(images, n, inception, what):
@@ -416,20 +419,24 @@ def features_of(images, n, inception, what):
     n = len(sizes)
     if n < 8:
         give_up(f"{n} {what} can be read; scores need at least 8")
-    pixels = pixels_of_one_size(pixels, sizes, what)
-    if inception is None:
-        return Features(n, pixels=pixels)
-    mu = sum_over_processes(total) / n
-    cov = (sum_over_processes(products) - n * np.outer(mu, mu)) / (n - 1)
-    return Features(n, mu, cov, torch.from_numpy(gather_rows(kept)), gather_rows(probs), pixels)
+    found = Features(n, side=common_side(sizes, what))
+    if found.side:
+        found.pixels = gather_rows(pixels)
+    if inception:
+        found.mu = sum_over_processes(total) / n
+        squares = n * np.outer(found.mu, found.mu)
+        found.cov = (sum_over_processes(products) - squares) / (n - 1)
+        found.kept = torch.from_numpy(gather_rows(kept))
+        found.probs = gather_rows(probs)
+    return found
 
 
-def pixels_of_one_size(images, sizes, what):
-    """The images of all processes (n, R, R, 3), or None with a warning if their sizes differ."""
+def common_side(sizes, what):
+    """Sizes (n, 2) of images -> the side that all have, or None with a warning."""
     different, counts = np.unique(sizes, axis=0, return_counts=True)
     H, W = different[0]
     if len(different) == 1 and H == W >= 7:
-        return gather_rows(images)
+        return H
     if rank() == 0:
         listed = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(different[:9], counts))
         warn(f"{what} have no common size, square and from 7x7 on, for SWD ({listed})")
@@ -468,16 +475,13 @@ def compare(real, fake):
         scores["KID"] = 1000 * mean
         scores["KID_deviation"] = 1000 * deviation
         scores["precision"], scores["recall"] = precision_recall(real.kept, fake.kept)
-    if real.pixels is not None and fake.pixels is not None:
+    if real.side and fake.side and real.side != fake.side:
+        warn(f"no SWD: real images have {real.side} pixels, generated ones {fake.side}")
+    elif real.pixels is not None and fake.pixels is not None:
         n = min(len(real.pixels), len(fake.pixels))
-        real_size = real.pixels.shape[1]
-        fake_size = fake.pixels.shape[1]
-        if real_size == fake_size:
-            distances = pyramid_distances(real.pixels[:n], fake.pixels[:n])
-            scores["SWD"] = 1000 * sum(distances.values()) / len(distances)
-            scores["SWD_levels"] = {side: 1000 * value for side, value in distances.items()}
-        else:
-            warn(f"no SWD: real images have {real_size} pixels, generated ones {fake_size}")
+        distances = pyramid_distances(real.pixels[:n], fake.pixels[:n])
+        scores["SWD"] = 1000 * sum(distances.values()) / len(distances)
+        scores["SWD_levels"] = {side: 1000 * value for side, value in distances.items()}
     return scores
 
 
@@ -503,8 +507,8 @@ def parse(arguments):
     check_output(args.out, ".json")
     if args.save_stats:
         check_output(args.save_stats, ".npz")
-        images = args.save_stats in (args.data, args.fake)
-        require(not images, f"--save-stats would overwrite {args.save_stats}: name another file")
+        exists = os.path.exists(args.save_stats)
+        require(not exists, f"--save-stats would overwrite {args.save_stats}: name another file")
         has_inception = args.inception != "none"
         require(has_inception, "--save-stats needs Inception: leave out --inception none")
     return args
@@ -514,8 +518,8 @@ def read_statistics(args):
     """mu and sigma in --data, that --save-stats or another program wrote; or None."""
     if not args.data.lower().endswith(".npz"):
         return None
-    stored = read_npz(args.data, ["mu", "sigma"])
-    if len(stored) < 2:
+    stored = read_npz(args.data, ["mu", "sigma", "side"])
+    if not {"mu", "sigma"} <= stored.keys():
         return None
     mu = stored["mu"]
     sigma = stored["sigma"]
@@ -530,7 +534,7 @@ def read_statistics(args):
     require(not args.save_stats, f"{args.data} has statistics already: leave out --save-stats")
     require(args.inception != "none", "statistics need Inception: leave out --inception none")
     say(f"{args.data} has statistics, which give FID and IS alone")
-    return Features(None, mu, sigma)
+    return Features(None, mu, sigma, side=int(stored.get("side", 0)))
 
 
 def real_features(args, resolution, inception):
@@ -539,7 +543,8 @@ def real_features(args, resolution, inception):
     n = args.n if args.data == "shapes" else None
     real = features_of_data(data, n, inception, f"images in {args.data}")
     if args.save_stats and rank() == 0:
-        save_atomically(args.save_stats, lambda f: np.savez(f, mu=real.mu, sigma=real.cov))
+        arrays = {"mu": real.mu, "sigma": real.cov, "side": real.side or 0}
+        save_atomically(args.save_stats, lambda f: np.savez(f, **arrays))
     return real
 
 

@@ -46,6 +46,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -76,10 +77,10 @@ class LoadedGenerator(Generator):
         config = weights.config
         if weights.scaled_noise:            # BigGAN-deep's, which are divided by sigma already
             config = dataclasses.replace(config, g_sn_eps=None)
-        with torch.device("meta"):          # shapes without memory: the weights come next
+        with torch.device("meta"):          # shapes without memory: no random weights are drawn
             super().__init__(config)
-        self.load_state_dict(weights.G_ema, assign=True)
-        self.float().eval().requires_grad_(False)
+        self.to_empty(device="cpu").load_state_dict(weights.G_ema)
+        self.eval().requires_grad_(False)
         fold_spectral_norm(self)            # divide weights by sigma once, not at each call
         self.classes = weights.classes
         self.scaled_noise = weights.scaled_noise
@@ -372,6 +373,7 @@ def export(weights, out):
     """Write the EMA generator alone: matrices in 16 bits, statistics of untruncated noise."""
     found = read_weights(weights)
     require(not found.scaled_noise, "these weights are a generator alone already; copy the file")
+    require(not Path(out).exists(), f"{out} exists: remove it, or name another by --out")
     # G's weights are divided by sigma. What is written are the original ones, and its statistics.
     G = load_generator(weights).cpu()
     state = found.G_ema | statistics_of(G.state_dict())
@@ -556,8 +558,8 @@ def read_weights(weights=None, wanted=("all",), to_train=False):
             found = from_deep(content)
         else:
             found = from_port(content, path, to_train)
-        if found.classes is None:
-            found.classes = class_names(found.config.n_classes)
+        classes = found.classes or class_names(found.config.n_classes)
+        found.classes = [str(name) for name in classes]
         check_weights(found)
     return found
 
@@ -577,8 +579,12 @@ def check_weights(found):
 
 
 def not_finite(state):
-    """The names of the tensors in a state dict that hold a NaN or an infinite number."""
-    return [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    """The names of the tensors in a state dict that hold anything but finite real numbers."""
+    wrong = []
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            wrong.append(name)
+    return wrong
 
 
 def find_weights(weights, wanted=("all",)):
@@ -595,7 +601,7 @@ def find_weights(weights, wanted=("all",)):
     if weights in PUBLISHED:                # refuse a wrong class before anything is fetched
         class_indices(wanted, class_names(1000))
     if "://" in source:
-        path = fetch(source, CACHE / re.sub(r"\W+", "-", source), PUBLISHED.get(weights))
+        path = fetch(source, CACHE / quote(source, safe=""), PUBLISHED.get(weights))
     else:
         path = Path(source)
     if checkpoints_of(path):
@@ -612,7 +618,8 @@ def newest_run(wanted):
     """The newest checkpoint and its path, of the newest run in runs/ with these classes, or None.
     """
     def last_written(folder):
-        return os.path.getmtime(checkpoints_of(folder)[-1])
+        newest = checkpoints_of(folder)[-1]
+        return newest.lstat().st_mtime      # of the link itself, which may lead to nowhere
 
     runs = [folder for folder in Path("runs").glob("*") if checkpoints_of(folder)]
     for folder in sorted(runs, key=last_written, reverse=True):
@@ -671,7 +678,8 @@ def decoding(path, what):
         if getattr(error, "errno", None) not in (None, errno.EINVAL):
             error.filename = error.filename or str(path)
             raise
-        reason = re.sub(r" <.*|\n", "", str(error))[:200]       # one line, without objects
+        # The first sentence, without the names of objects. What follows is advice to programmers.
+        reason = re.split(r" <|\. ", " ".join(str(error).split()))[0][:200]
         raise UserError(f"{path} {what} ({reason})") from None
 
 
@@ -733,7 +741,10 @@ def command_line(description):
 
 def typed_options(parser, args):
     """The names of the options that are not the default."""
-    return {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    typed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    for name in typed:
+        require(getattr(args, name) != "", f"--{name} has no value")
+    return typed
 
 
 def in_range(kind, low, high=math.inf):

@@ -55,6 +55,7 @@ import tempfile
 import threading
 import time
 import unittest.mock
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -1803,8 +1804,10 @@ def test_interrupted_packing_leaves_no_data_set_and_may_be_repeated(tmp_path, mo
 
     # Nothing is packed into a folder that holds a finished pack, or other files.
     picture(tmp_path / "mine", "a.png")
-    for folder in packed, tmp_path / "mine":
-        with pytest.raises(sample.UserError, match="holds other files|is packed already"):
+    (tmp_path / "array").mkdir()
+    (tmp_path / "array/images.npy").touch()
+    for folder in packed, tmp_path / "mine", tmp_path / "array":
+        with pytest.raises(sample.UserError, match="holds files already"):
             train.pack(data, folder)
 
 
@@ -2710,7 +2713,7 @@ def test_a_run_from_weights_without_d_continues_without_their_file(tmp_path, cap
 # -------------------------------------------------------- mistakes: one sentence, and exit status 2
 
 @pytest.mark.parametrize("options, sentence", [
-    ("--data nowhere", "No such file"),
+    ("--data nowhere", "nowhere is no folder of images, and no .npz file"),
     ("--data empty", "empty holds no images"),
     ("--data high", "high/a holds no images; --data has one sub-folder of images per class"),
     ("--data gap", "gap/dog holds no images"),
@@ -3597,6 +3600,7 @@ def test_an_array_is_scored_against_a_folder_whose_statistics_are_kept(inception
     kept = np.load(stats)
     close(kept["mu"], a.mu, 1e-5)
     close(kept["sigma"], a.cov, 1e-5)
+    assert kept["side"] == 32               # said if it is compared with images of another size
 
 
 def test_each_set_of_weights_and_truncation_has_its_line_and_the_best_is_named(
@@ -3681,6 +3685,9 @@ def test_what_has_a_negative_variance_is_no_covariance():
     with pytest.raises(sample.UserError, match="negative"):
         metrics.frechet_distance([0, 0], TWO, [0, 0], [[1, 0], [0, -1]])
     close(metrics.frechet_distance([0, 0], TWO, [0, 0], [[1, 0], [0, -1e-9]]), 1)
+    # Many small ones do not make a distance smaller: they count as 0.
+    almost = np.diag([1] + 99 * [-9e-4])
+    close(metrics.frechet_distance(np.zeros(100), almost, np.zeros(100), np.eye(100)), 99)
 
 
 @pytest.mark.parametrize("name", ["diversity", "sigma_0"])
@@ -3901,10 +3908,13 @@ def test_grey_arrays_have_three_equal_colours(tmp_path, grey):
     (lambda x, y: dict(arr_0=x), "no labels"),
     (lambda x, y: dict(pictures=x), "no images"),
     (lambda x, y: dict(arr_0=np.array([x, None], object)), "does not hold arrays"),
+    (lambda x, y: dict(arr_0=x, x=x, arr_1=y), "two arrays of ['images']"),
 ])
 def test_other_arrays_are_refused(tmp_path, change, sentence):
     np.savez(tmp_path / "a.npz", **change(small_images(), np.arange(N_SMALL) % 3))
-    with pytest.raises(sample.UserError, match=sentence.replace("(", r"\(").replace(")", r"\)")):
+    for bracket in "()[]":
+        sentence = sentence.replace(bracket, "\\" + bracket)
+    with pytest.raises(sample.UserError, match=sentence):
         train.open_data(tmp_path / "a.npz")
 
 
@@ -3940,6 +3950,8 @@ SIGMA = np.eye(2048)
     ("--fake fake.npz --real lower.npz", "sigma symmetric"),
     ("--fake fake.npz --real fake.npz --save-stats fake.npz", "would overwrite fake.npz"),
     ("--fake tiny.npz --real tiny.npz --inception none", "no score is possible"),
+    ("--fake array.npy --real fake.npz", "array.npy is no folder of images, and no .npz file"),
+    ("--fake= --real fake.npz", "--fake has no value"),
 ])
 def test_what_cannot_be_scored_is_refused(
     tmp_path, monkeypatch, capsys, inception_file, options, sentence
@@ -3953,6 +3965,7 @@ def test_what_cannot_be_scored_is_refused(
     np.savez("fake.npz", small_images())
     np.savez("few.npz", small_images()[:3])
     np.savez("tiny.npz", small_images(4))
+    np.save("array.npy", small_images())
     if "--inception" not in options:
         options += f" --inception {inception_file}"
     monkeypatch.setattr(metrics, "warn", lambda *_: None)
@@ -4066,7 +4079,7 @@ def test_half_an_archive_is_refused_where_the_whole_one_should_lie(tmp_path, mon
         train.open_data("data/cifar10")
     # The same for published weights.
     monkeypatch.setattr(sample, "CACHE", tmp_path)
-    url = re.sub(r"\W+", "-", sample.BY_NAME["biggan-deep-256"])
+    url = urllib.parse.quote(sample.BY_NAME["biggan-deep-256"], safe="")
     (tmp_path / url).write_bytes(b"half")
     with pytest.raises(sample.UserError, match="is not .*delete it"):
         sample.find_weights("biggan-deep-256")
@@ -4136,7 +4149,10 @@ def test_the_newest_run_with_the_classes_draws(tmp_path, monkeypatch, capsys, wa
     for name, damage in ("no config", "config.json"), ("no weights", weights):
         run_of(tmp_path / "runs" / name, ["star", "cat"], age=1)
         (tmp_path / "runs" / name / damage).write_text("damaged")
-    Path("runs/empty").mkdir()
+    run_of(tmp_path / "runs/linked", ["star", "cat"], age=1)
+    Path("runs/linked", weights).unlink()
+    Path("runs/linked", weights).symlink_to("nowhere")
+    Path("runs/empty/checkpoints").mkdir(parents=True)
 
     def fetch(url, *_):
         raise sample.UserError("fetched")
@@ -4204,11 +4220,37 @@ def test_what_a_killed_process_left_is_removed_when_the_run_continues(tmp_path):
 def test_half_a_line_of_the_log_is_passed_over(tmp_path, warned):
     start(*TINY, f"--steps 4 --out {tmp_path}")
     log = tmp_path / "log.jsonl"
-    log.write_text(log.read_text()[:-9] + "\n[]\n")
+    log.write_bytes(log.read_bytes()[:-9] + b"\n[]\n\xff\n{\"step\": 3}\n")
     start(*TINY, f"--steps 6 --out {tmp_path}")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 6]
     assert "cannot be read" in warned[0]
+    assert len(warned) == 4
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "[" * 100_000])
+def test_a_damaged_config_is_a_sentence(tmp_path, damage):
+    start(*TINY, f"--steps 1 --out {tmp_path}")
+    (tmp_path / "config.json").write_text(damage)
+    with pytest.raises(sample.UserError, match="config.json is damaged"):
+        start(*TINY, f"--steps 2 --out {tmp_path}")
+
+
+@pytest.mark.parametrize("lost", ["model", "step", "opt_D"])
+def test_a_file_that_is_no_checkpoint_is_a_sentence(tmp_path, lost):
+    start(*TINY, f"--steps 1 --out {tmp_path}")
+    path = tmp_path / "checkpoints/step-00000001.pt"
+    path.write_bytes(saved(without(sample.read_tensors(path), lost)))
+    with pytest.raises(sample.UserError, match="step-00000001.pt is no checkpoint of a run"):
+        start(*TINY, f"--steps 2 --out {tmp_path}")
+
+
+def test_an_export_overwrites_nothing(tmp_path, tiny_run):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"mine")
+    with pytest.raises(sample.UserError, match="a.pt exists"):
+        start(f"--weights {tiny_run} --export --out", path, module=sample)
+    assert path.read_bytes() == b"mine"
 
 
 # ------------------------------------------------------------------------------------ what is typed

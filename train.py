@@ -505,10 +505,11 @@ def main(arguments):
         try_to_compile(device)
     if args.precision == "auto":
         args.precision = "bf16" if has_fast_bf16(device) else "fp32"
-    checkpoint, _ = newest_checkpoint(args.out)
+    checkpoint, path = newest_checkpoint(args.out)
     initial = None
     if checkpoint:
-        config = ModelConfig(**checkpoint["model"])     # an edit of MODELS needs another --out
+        with decoding(path, "is no checkpoint of a run"):
+            config = ModelConfig(**checkpoint["model"])     # an edit of MODELS needs another --out
     elif args.init:
         initial = read_weights(args.init, to_train=True)
         config = initial.config
@@ -532,7 +533,8 @@ def main(arguments):
     lock = prepare_folder(args.out, described)
     trainer = Trainer(args, config, device)
     if checkpoint:
-        trainer.load_state_dict(checkpoint)
+        with decoding(path, "is no checkpoint of a run"):
+            trainer.load_state_dict(checkpoint)
         say(f"continuing {args.out} from step {trainer.step}")
     elif initial:
         start_from(trainer, initial, data.classes)
@@ -796,10 +798,11 @@ def read_log(out, step):
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-            if line["step"] <= step:
+            numbers = [float(line[name]) for name in ("step", "diversity", "D_loss", "sigma_0")]
+            if numbers[0] <= step:
                 lines.append(line)
         except (ValueError, LookupError, TypeError):        # half a line
             warn(f"{path} has a line that cannot be read: {text:.40}")
@@ -875,7 +878,9 @@ def check_run(out, described):
     """Refuse to continue a run with other settings, and list each difference."""
     # An option that is newer than the run is not in its config.json: it had its default.
     before = vars(make_parser().parse_args([]))
-    before |= json.loads(Path(out, "config.json").read_text())
+    path = Path(out, "config.json")
+    with decoding(path, "is damaged; choose another --out"):
+        before |= json.loads(path.read_text())
     changed = []
     for name, value in described.items():
         if name not in FREE_TO_CHANGE and before.get(name) != value:
@@ -903,7 +908,7 @@ def prepare_folder(out, described):
         except OSError as error:        # a disk without locks
             warn(f"{out} cannot be locked ({error}): start no other run in it")
     # What a process that was killed has left, and nothing else that may lie there.
-    for pattern in "*.json*.tmp", "*/step-*.tmp":
+    for pattern in "config.json.*.tmp", "log.jsonl.*.tmp", "*/step-????????.*.tmp":
         for path in Path(out).glob(pattern):
             path.unlink()
     text = json.dumps(described, indent=1)
@@ -1138,6 +1143,7 @@ def open_data(source, resolution=None, held_out=False, labelled=True):
         with decoding(path, "is no packed folder"):
             data = Packed(path)
     else:
+        require(path.is_dir(), f"{source} is no folder of images, and no .npz file of arrays")
         data = ImageFolder(path, resolution)
     require(
         resolution in (None, data.resolution),
@@ -1154,7 +1160,10 @@ def read_npz(path, wanted):
     """Those of the wanted arrays that a file of np.savez holds: name -> array."""
     with decoding(path, "does not hold arrays"), np.load(path) as stored:
         names = {key: ARRAY_NAMES.get(key, key) for key in stored}
-        return {name: stored[key] for key, name in names.items() if name in wanted}
+        found = {name: stored[key] for key, name in names.items() if name in wanted}
+        twice = [name for name in wanted if [*names.values()].count(name) > 1]
+        require(not twice, f"two arrays of {twice}")
+        return found
 
 
 class DataSet:
@@ -1229,9 +1238,7 @@ def pack(data, folder, workers=1):
     """Decode a data set once, into a packed folder. If it is interrupted, start again."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    require(not own_files(folder), f"{folder} holds other files; choose another")
-    done = (folder / "packed.json").exists()
-    require(not done, f"{folder} is packed already; choose another")
+    require(not own_files(folder), f"{folder} holds files already; choose another")
     shape = (data.resolution, data.resolution, 3)
     labels = []                         # of the images that can be read
 
@@ -1261,8 +1268,9 @@ def pack(data, folder, workers=1):
 
 
 def own_files(folder):
-    """Names in a folder other than those of `pack`, and of its attempts that were interrupted."""
-    return [name for name in os.listdir(folder) if not name.startswith(("images.npy", "packed."))]
+    """Names in a folder, other than those of attempts of `pack` that were interrupted."""
+    temporary = ("images.npy.", "packed.json.")
+    return [name for name in os.listdir(folder) if not name.startswith(temporary)]
 
 
 class ImageFolder(DataSet):
@@ -1383,7 +1391,7 @@ def prepare_cifar10(path):
     if (path / "packed.json").exists():
         return
     if path.exists() and own_files(path):
-        say(f"{path} holds images of its own; without the folder, CIFAR-10 would be fetched")
+        say(f"{path} holds images of its own: name them by --data, or move them to get CIFAR-10")
         return
     if LOCAL_RANK == 0:
         fetch_cifar10(path.parent)
