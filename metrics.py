@@ -44,7 +44,7 @@ from train import give_up, open_data, read_npz
 
 def finite(numbers, what):
     """The numbers, none of which is NaN or infinite. From such, a score may look very good."""
-    require(np.isfinite(numbers).all(), f"{what} are not finite")
+    require(np.isfinite(np.asarray(numbers)).all(), f"{what} are not finite")
     return numbers
 
 

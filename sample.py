@@ -558,8 +558,9 @@ def read_weights(weights=None, wanted=("all",), to_train=False):
             found = from_deep(content)
         else:
             found = from_port(content, path, to_train)
-        classes = found.classes or class_names(found.config.n_classes)
-        found.classes = [str(name) for name in classes]
+        if found.classes is None:
+            found.classes = class_names(found.config.n_classes)
+        found.classes = [str(name) for name in found.classes]
         check_weights(found)
     return found
 
@@ -676,7 +677,8 @@ def decoding(path, what):
         yield
     except Exception as error:
         if getattr(error, "errno", None) not in (None, errno.EINVAL):
-            error.filename = error.filename or str(path)
+            if error.filename is None:
+                error.filename = str(path)
             raise
         # The first sentence, without the names of objects. What follows is advice to programmers.
         reason = re.split(r" <|\. ", " ".join(str(error).split()))[0][:200]
