@@ -44,7 +44,7 @@ from train import give_up, open_data, read_npz
 
 def finite(numbers, what):
     """The numbers, none of which is NaN or infinite. From such, a score may look very good."""
-    require(np.isfinite(np.asarray(numbers)).all(), f"{what} are not finite")
+    require(torch.as_tensor(numbers).isfinite().all(), f"{what} are not finite")
     return numbers
 
 
@@ -403,7 +403,7 @@ def features_of(images, n, inception, what):
     for rows in rows_of_this_process(n, what):  # 16 images fit into a CPU's cache
         found = [(row, x) for row, x in zip(rows, images(rows)) if x is not None]
         sizes += [[x.shape[:2]] for _, x in found]
-        pixels += [x[None] for row, x in found if row < N_PATCHED]
+        pixels += [x[None] for row, x in found if row < N_PATCHED and len(x) <= 512]
         if inception and found:
             x = [torch.from_numpy(x).permute(2, 0, 1)[None].to(inception.fc_bias) for _, x in found]
             f, logits = inception(torch.cat([resized(image) for image in x]))
@@ -435,11 +435,11 @@ def common_side(sizes, what):
     """Sizes (n, 2) of images -> the side that all have, or None with a warning."""
     different, counts = np.unique(sizes, axis=0, return_counts=True)
     H, W = different[0]
-    if len(different) == 1 and H == W >= 7:
+    if len(different) == 1 and 7 <= H == W <= 512:
         return H
     if rank() == 0:
         listed = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(different[:9], counts))
-        warn(f"{what} have no common size, square and from 7x7 on, for SWD ({listed})")
+        warn(f"{what} have no common size, 7x7 to 512x512, for SWD ({listed})")
     return None
 
 

@@ -782,14 +782,17 @@ def run(main):
         )
         main(sys.argv[1:])
         if processes() > 1:
-            dist.barrier()
-            dist.destroy_process_group()
+            dist.barrier()                  # nobody leaves before all are done
     except SystemExit as end:               # after --help
         status = end.code
+    except KeyboardInterrupt:               # training saves instead
+        tell(sys.stderr, "interrupted")
+        status = 130
     except Exception as error:
         status = report(error)
-    # The usual exit would wait for the workers that load data, which ignore signals to stop, and
-    # for the other processes. Where nothing can be printed, it would end with status 120.
+    # The usual exit would wait for the workers that load data, which ignore signals to stop. It may
+    # abort where threads speak to other processes. And where nothing can be printed, it would end
+    # with status 120.
     if multiprocessing.active_children() or processes() > 1 or not tell(sys.stdout, end=""):
         os._exit(status)
     sys.exit(status)
@@ -799,7 +802,9 @@ def report(error):
     """Say what went wrong. Returns 2 for a mistake, which is one line, and 1 after a traceback."""
     no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     names_a_file = isinstance(error, OSError) and error.filename is not None
-    if no_memory:
+    if processes() > 1 and re.search("closed by peer|remote process", str(error)):
+        sentence = ""                       # another process has ended, and said why
+    elif no_memory:
         sentence = "memory ran out; in training halve --micro-batch, or choose a smaller --ch"
     elif isinstance(error, UserError) or names_a_file:
         sentence = " ".join(str(error).split())

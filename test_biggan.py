@@ -1642,7 +1642,7 @@ def picture(folder, name, mode="RGB", size=(40, 30), colour=0):
 def test_any_mode_and_size_becomes_an_rgb_square(tmp_path, mode, name):
     for size in (40, 30), (7, 90), (1, 1):
         path = picture(tmp_path, name, mode, size)
-        assert train.images_in(tmp_path) == [bytes(path)]
+        assert train.listing(tmp_path) == ([bytes(path)], [], 0)
         assert train.decode_image(path.read_bytes(), 16).shape == (16, 16, 3)
 
 
@@ -1700,7 +1700,8 @@ def test_classes_are_the_sorted_sub_folders_or_one(tmp_path):
 
     # Pillow can write PDF but not read it, so such a file is no image.
     (tmp_path / "a/2.pdf").touch()
-    assert len(train.images_in(tmp_path / "a")) == 2
+    images, folders, others = train.listing(tmp_path / "a")
+    assert (len(images), folders, others) == (2, [], 1)
 
 
 def test_a_corrupt_or_16_bit_file_is_named_once_and_replaced_by_the_next(tmp_path, warned):
@@ -1732,15 +1733,6 @@ def test_a_class_without_a_readable_image_is_refused(tmp_path, warned):
     start(f"--preset shapes --data {data} --pack {tmp_path}/packed")
     train.open_data(tmp_path / "packed")
     assert "1 of 2 classes have no images" in warned[-1]
-
-
-def test_what_is_called_like_an_image_but_is_no_file_is_left_out(tmp_path, warned):
-    picture(tmp_path / "a", "0.png")
-    (tmp_path / "a/1.png").mkdir()
-    (tmp_path / "a/2.png").symlink_to("nowhere")
-    assert len(train.open_data(tmp_path)) == 1
-    assert "2.png is left out" in warned[0]
-    assert len(warned) == 1
 
 
 def test_a_packed_folder_equals_the_folder_and_trains_to_the_same_weights(tmp_path):
@@ -1801,6 +1793,12 @@ def test_interrupted_packing_leaves_no_data_set_and_may_be_repeated(tmp_path, mo
 
     train.pack(data, packed)
     assert len(train.open_data(packed)) == 1
+
+    # What a process that was killed has left is removed.
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again/images.npy.0123.tmp").touch()
+    train.pack(data, tmp_path / "again")
+    assert sorted(os.listdir(tmp_path / "again")) == ["images.npy", "packed.json"]
 
     # Nothing is packed into a folder that holds a finished pack, or other files.
     picture(tmp_path / "mine", "a.png")
@@ -2760,6 +2758,16 @@ def test_the_end_of_memory_is_one_sentence(monkeypatch, capsys, main):
     monkeypatch.setattr(sample, "LOCAL_RANK", 3)
     command = unittest.mock.Mock(main=main)
     assert "halve --micro-batch" in refused(monkeypatch, capsys, module=command)
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        sample.run(interrupt)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_an_error_that_is_no_mistake_of_the_user_is_a_traceback_and_status_1(capsys):
@@ -4048,10 +4056,20 @@ def test_a_flat_folder_has_one_class_wherever_it_lies(tmp_path):
     assert steps_kept(tmp_path / "run") == [1, 2]
 
 
-def test_images_beside_the_folders_of_classes_are_mentioned(photos, warned):
-    picture(photos, "beside.png")
+def test_what_is_left_out_of_a_folder_is_mentioned(photos, warned):
     assert len(train.open_data(photos, 8)) == 8
-    assert "1 images beside" in warned[0]
+    assert not warned
+    picture(photos, "beside.png")
+    picture(photos / "a/deeper", "0.png")
+    (photos / "a/without_an_ending").touch()
+    (photos / "b/3.png").unlink()
+    (photos / "b/3.png").symlink_to("nowhere")
+    (photos / "c").symlink_to("nowhere")
+    (photos / ".hidden").touch()
+    data = train.open_data(photos, 8)
+    assert data.classes == ["a", "b"]
+    assert len(data) == 7
+    assert "5 files and folders" in warned[0]
 
 
 def test_own_images_in_the_folder_of_cifar_10_are_used_and_said_to_be(
@@ -4265,7 +4283,9 @@ def test_an_export_overwrites_nothing(tmp_path, tiny_run):
     ("--ch 0", "--ch: 0 must be at least 1"),
     ("--d-lr inf", "--d-lr: inf must be at least 0 and less than inf"),
     ("--seed 99999999999999999999", "less than 4294967296"),
-    ("--sigma-fixed -1", "--sigma-fixed: -1 must be"),
+    ("--sigma-fixed 0", "--sigma-fixed: 0 must be"),
+    ("--out a/cat/run --data a", "a/cat/run lies within --data a"),
+    ("--pack=", "--pack has no value"),
     ("--keep-every 0", "--keep-every: 0 must be at least 1"),
     ("--pack packed", "--pack takes"),
     ("--init w --model biggan32", "--init decides the architecture"),

@@ -140,8 +140,8 @@ def make_parser():
     # Beyond the recipe.
     add("--augment", default="", help="for few images: colour,translation,cutout or some of them")
     add("--r1", type=NON_NEGATIVE, default=0.0, help="weight of D's R1 gradient penalty")
-    add("--sigma-fixed", type=NON_NEGATIVE, help="lower G's largest singular values to this")
-    add("--sigma-ratio", type=NON_NEGATIVE, help="or to so many times the second largest")
+    add("--sigma-fixed", type=in_range(float, 1e-6), help="lower G's largest sigmas to this")
+    add("--sigma-ratio", type=in_range(float, 1e-6), help="or to so many times the second largest")
     add("--sigma-pull", type=NON_NEGATIVE, default=0.0, help="or pull, by a penalty of this weight")
     # Where and how a run goes on.
     add("--out", help="the run's folder; runs/PRESET unless given")
@@ -575,6 +575,9 @@ def open_held_out(args, data):
 def check_settings(args):
     """Refuse settings that cannot work, or not together."""
     require(args.data, "--data DIR is missing, a folder with one sub-folder of images per class")
+    for folder in filter(None, (args.out, args.pack)):
+        within = Path(folder).resolve().is_relative_to(Path(args.data).resolve())
+        require(not within, f"{folder} lies within --data {args.data}; choose another")
     require(
         args.batch % args.micro_batch == 0,
         f"--micro-batch {args.micro_batch} does not divide --batch {args.batch}",
@@ -932,6 +935,7 @@ def save_checkpoint(trainer, classes, args):
     path = Path(args.out, "checkpoints", f"step-{trainer.step:08d}.pt")
     with surviving(path):
         if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
             content = {"classes": classes, **trainer.state_dict()}
             save_atomically(path, lambda f: torch.save(content, f))
             delete_checkpoints(args, path)
@@ -1239,6 +1243,8 @@ def pack(data, folder, workers=1):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     require(not own_files(folder), f"{folder} holds files already; choose another")
+    for path in folder.glob("*.tmp"):   # of an attempt that was killed
+        path.unlink()
     shape = (data.resolution, data.resolution, 3)
     labels = []                         # of the images that can be read
 
@@ -1280,22 +1286,27 @@ class ImageFolder(DataSet):
     warning and replaced by the next of its class. resolution None: each image has its own size."""
 
     def __init__(self, root, resolution):
-        folders = sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
-        lists = [images_in(folder) for folder in folders]
-        beside = images_in(root)
+        images, folders, left_out = listing(root)
         self.classes = [folder.name for folder in folders]
-        if not folders:
+        if folders:
+            left_out += len(images)     # beside the sub-folders
+        else:
             folders = [root]
-            lists = [beside]
             self.classes = ["images"]   # one name, wherever they lie
-        elif beside:
-            warn(f"{root}: {len(beside)} images beside the sub-folders of classes are left out")
-        for folder, found in zip(folders, lists):
+        lists = []
+        for folder in folders:
+            images, deeper, others = listing(folder)
             require(
-                found,
+                images,
                 f"{folder} holds no images; --data has one sub-folder of images per class, or "
                 "images of one class: are they one level down, or up?",
             )
+            lists.append(images)
+            if folder != root:
+                left_out += len(deeper) + others
+        if left_out:
+            warn(f"{left_out} files and folders in {root} are left out: not called like images, "
+                 "not within the folder of a class, or links that lead nowhere")
         # An array of bytes, which the workers share. A list would be copied into each of them: even
         # reading a Python object writes to its memory, as references to it are counted there.
         self.paths = np.concatenate([np.array(found, dtype=bytes) for found in lists])
@@ -1326,20 +1337,26 @@ class ImageFolder(DataSet):
         raise UserError(f"none of the images of class {self.classes[label]} can be read")
 
 
-def images_in(folder):
-    """The files of a folder that Pillow can open, by their endings: sorted paths, as bytes."""
+def listing(folder):
+    """What a folder holds, but for hidden files: images, sub-folders, and how many others.
+
+    Images are files with an ending that Pillow can open. Their paths are bytes, and sorted."""
     known = Image.registered_extensions().items()
     endings = {ending for ending, kind in known if kind in Image.OPEN}
-    found = []
+    images = []
+    folders = []
+    others = 0
     for entry in os.scandir(folder):
         path = Path(entry)
-        if path.suffix.lower() not in endings or path.name[0] == ".":
+        if path.name[0] == ".":
             continue
-        if entry.is_file():
-            found.append(bytes(path))
-        elif not entry.is_dir():
-            warn(f"{path} is left out: it leads to no file")
-    return sorted(found)
+        if entry.is_dir():
+            folders.append(path)
+        elif entry.is_file() and path.suffix.lower() in endings:
+            images.append(bytes(path))
+        else:
+            others += 1
+    return sorted(images), sorted(folders), others
 
 
 WAITS = [0.1, 0.3, 1, 3, 10, 20, 30, None]  # seconds between attempts to read; None: no more
