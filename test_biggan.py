@@ -2369,8 +2369,9 @@ def kill_again_and_again(folder, kills, options):
 
 
 def test_sigkill_at_any_moment_costs_no_checkpoint_and_changes_nothing(tmp_path):
-    killed, reached = kill_again_and_again(tmp_path, 2, "--steps 16")
-    assert killed
+    # (At other moments, and more often, by `make trial`.)
+    killed, reached = kill_again_and_again(tmp_path, 1, "--steps 10")
+    assert killed == 1
     assert reached
 
 
