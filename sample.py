@@ -602,7 +602,10 @@ def find_weights(weights, wanted=("all",)):
     if weights in PUBLISHED:                # refuse a wrong class before anything is fetched
         class_indices(wanted, class_names(1000))
     if "://" in source:
-        path = fetch(source, CACHE / quote(source, safe=""), PUBLISHED.get(weights))
+        name = quote(source, safe="")       # a file name that no other URL has
+        if weights in PUBLISHED:
+            name = source.rpartition("/")[2]
+        path = fetch(source, CACHE / name, PUBLISHED.get(weights))
     else:
         path = Path(source)
     if checkpoints_of(path):
@@ -802,7 +805,7 @@ def report(error):
     """Say what went wrong. Returns 2 for a mistake, which is one line, and 1 after a traceback."""
     no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     names_a_file = isinstance(error, OSError) and error.filename is not None
-    if processes() > 1 and re.search("closed by peer|remote process", str(error)):
+    if processes() > 1 and re.search("by peer|remote process", str(error)):
         sentence = ""                       # another process has ended, and said why
     elif no_memory:
         sentence = "memory ran out; in training halve --micro-batch, or choose a smaller --ch"

@@ -55,7 +55,6 @@ import tempfile
 import threading
 import time
 import unittest.mock
-import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -2761,6 +2760,15 @@ def test_the_end_of_memory_is_one_sentence(monkeypatch, capsys, main):
     assert "halve --micro-batch" in refused(monkeypatch, capsys, module=command)
 
 
+def test_the_end_of_another_process_is_left_to_that_to_explain(monkeypatch, capsys):
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    assert sample.report(error) == 1        # alone, this process must explain it
+    assert "Connection reset" in capsys.readouterr().err
+    monkeypatch.setattr(sample, "processes", lambda: 2)
+    assert sample.report(error) == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_ctrl_c_is_no_traceback(capsys):
     def interrupt(arguments):
         raise KeyboardInterrupt
@@ -4098,8 +4106,7 @@ def test_half_an_archive_is_refused_where_the_whole_one_should_lie(tmp_path, mon
         train.open_data("data/cifar10")
     # The same for published weights.
     monkeypatch.setattr(sample, "CACHE", tmp_path)
-    url = urllib.parse.quote(sample.BY_NAME["biggan-deep-256"], safe="")
-    (tmp_path / url).write_bytes(b"half")
+    (tmp_path / "biggan-deep-256-pytorch_model.bin").write_bytes(b"half")
     with pytest.raises(sample.UserError, match="is not .*delete it"):
         sample.find_weights("biggan-deep-256")
 
