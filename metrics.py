@@ -224,7 +224,7 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, x):                   # (N, 3, H, W), 0 to 255
-        x = resized(x.to(self.fc_bias))     # of its device and dtype
+        x = resized(x.to(self.fc_bias))     # to the weights' device and dtype
         x = (x / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         x = self.conv(x, "Conv2d_1a_3x3", stride=2, padding=0)      # (N, 32, 149, 149)
         x = self.conv(x, "Conv2d_2a_3x3", padding=0)                # (N, 32, 147, 147)
@@ -381,8 +381,8 @@ class Features:
     cov: np.ndarray = None                  # and covariance (2048, 2048)
     kept: torch.Tensor = None               # features of the first images (N_KEPT, 2048)
     probs: np.ndarray = None                # and class probabilities (N_KEPT, 1008)
-    pixels: np.ndarray = None               # the first images (N_PATCHED, R, R, 3) uint8, if
-    side: int = None                        # all have R x R pixels
+    pixels: np.ndarray = None               # the first images (N_PATCHED, R, R, 3) uint8
+    side: int = None                        # R, if all are R x R; else there are no pixels
 
 
 def features_of(images, n, inception, what):
@@ -401,18 +401,18 @@ def features_of(images, n, inception, what):
     total = zeros(2048)                     # the sum of all features f
     products = zeros(2048, 2048)            # and of all f f^T
     for rows in rows_of_this_process(n, what):  # 16 images fit into a CPU's cache
-        found = [(row, x) for row, x in zip(rows, images(rows)) if x is not None]
-        sizes += [[x.shape[:2]] for _, x in found]
-        pixels += [x[None] for row, x in found if row < N_PATCHED and len(x) <= 512]
-        if inception and found:
-            x = [torch.from_numpy(x).permute(2, 0, 1)[None].to(inception.fc_bias) for _, x in found]
-            f, logits = inception(torch.cat([resized(image) for image in x]))
+        pairs = [(row, x) for row, x in zip(rows, images(rows)) if x is not None]
+        sizes += [[x.shape[:2]] for _, x in pairs]
+        pixels += [x[None] for row, x in pairs if row < N_PATCHED and len(x) <= 512]
+        if inception and pairs:
+            x = [for_inception(image, inception) for _, image in pairs]
+            f, logits = inception(torch.cat(x))
             f64 = f.double()
             total += f64.sum(0)
             products += f64.T @ f64
             # The IS leaves out the last bias, as its authors' code does.
             p = (logits - inception.fc_bias).softmax(1)
-            first = [row < N_KEPT for row, _ in found]
+            first = [row < N_KEPT for row, _ in pairs]
             kept.append(f.cpu().numpy()[first])
             probs.append(p.cpu().numpy()[first])
     sizes = gather_rows(sizes)              # (n, 2)
@@ -431,6 +431,12 @@ def features_of(images, n, inception, what):
     return found
 
 
+def for_inception(image, inception):
+    """An image of any size (H, W, 3) uint8 -> (1, 3, 299, 299), to be stacked with others."""
+    x = torch.from_numpy(image).permute(2, 0, 1)[None]
+    return resized(x.to(inception.fc_bias))
+
+
 def common_side(sizes, what):
     """Sizes (n, 2) of images -> the side that all have, or None with a warning."""
     different, counts = np.unique(sizes, axis=0, return_counts=True)
@@ -439,7 +445,7 @@ def common_side(sizes, what):
         return H
     if rank() == 0:
         listed = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(different[:9], counts))
-        warn(f"{what} have no common size, 7x7 to 512x512, for SWD ({listed})")
+        warn(f"no SWD: {what} are not squares of one size, 7x7 to 512x512 ({listed})")
     return None
 
 

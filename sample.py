@@ -576,11 +576,11 @@ def check_weights(found):
         with torch.device("meta"):          # shapes without memory
             network(found.config).load_state_dict(state, assign=True)
         wrong = not_finite(state)
-        require(not wrong, f"{wrong} are not finite")
+        require(not wrong, f"{wrong} are not finite floats")
 
 
 def not_finite(state):
-    """The names of the tensors in a state dict that hold anything but finite real numbers."""
+    """The names of the tensors in a state dict that hold anything but finite floats."""
     wrong = []
     for name, tensor in state.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
@@ -678,6 +678,8 @@ def decoding(path, what):
     names the file. (EINVAL is torch's, for a file that was cut short.)"""
     try:
         yield
+    except torch.OutOfMemoryError:          # no fault of the file
+        raise
     except Exception as error:
         if getattr(error, "errno", None) not in (None, errno.EINVAL):
             if error.filename is None:
@@ -745,20 +747,23 @@ def command_line(description):
 
 
 def typed_options(parser, args):
-    """The names of the options that are not the default."""
+    """The names of the options that are not the default. None of these may be empty."""
     typed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     for name in typed:
-        require(getattr(args, name) != "", f"--{name} has no value")
+        option = name.replace("_", "-")
+        require(getattr(args, name) != "", f"--{option} has no value")
     return typed
 
 
 def in_range(kind, low, high=math.inf):
     """A type of options: int or float, from low on and below high."""
+    limit = "finite" if high == math.inf else f"less than {high}"
+
     def read(text):
         value = kind(text)
         if low <= value < high:             # a NaN is outside, too
             return value
-        raise argparse.ArgumentTypeError(f"{text} must be at least {low} and less than {high}")
+        raise argparse.ArgumentTypeError(f"{text} must be at least {low} and {limit}")
 
     read.__name__ = kind.__name__           # is shown where the text is no number
     return read
@@ -878,6 +883,9 @@ def save_atomically(path, write):
             f.flush()
             os.fsync(f.fileno())            # on the disk before the name points at it
         os.replace(temporary, path)
+    except OSError as error:                # a full disk names no file
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1793,11 +1793,14 @@ def test_interrupted_packing_leaves_no_data_set_and_may_be_repeated(tmp_path, mo
     train.pack(data, packed)
     assert len(train.open_data(packed)) == 1
 
-    # What a process that was killed has left is removed.
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again/images.npy.0123.tmp").touch()
-    train.pack(data, tmp_path / "again")
-    assert sorted(os.listdir(tmp_path / "again")) == ["images.npy", "packed.json"]
+    # What a process that was killed has left is removed, and so is half of a finished one.
+    again = tmp_path / "again"
+    picture(tmp_path / "data", "a.png")
+    again.mkdir()
+    (again / "images.npy.0123.tmp").touch()
+    (again / "packed.json").touch()
+    start(f"--preset shapes --data {tmp_path}/data --pack {again}")
+    assert sorted(os.listdir(again)) == ["images.npy", "packed.json"]
 
     # Nothing is packed into a folder that holds a finished pack, or other files.
     picture(tmp_path / "mine", "a.png")
@@ -3924,8 +3927,8 @@ def test_grey_arrays_have_three_equal_colours(tmp_path, grey):
     (lambda x, y: dict(arr_0=x, arr_1=y, classes=["a"]), "from 0 to 0"),
     (lambda x, y: dict(arr_0=x), "no labels"),
     (lambda x, y: dict(pictures=x), "no images"),
-    (lambda x, y: dict(arr_0=np.array([x, None], object)), "does not hold arrays"),
-    (lambda x, y: dict(arr_0=x, x=x, arr_1=y), "two arrays of ['images']"),
+    (lambda x, y: dict(arr_0=np.array([x, None], object)), "cannot be used as arrays"),
+    (lambda x, y: dict(arr_0=x, x=x, arr_1=y), "several are called ['images']"),
 ])
 def test_other_arrays_are_refused(tmp_path, change, sentence):
     np.savez(tmp_path / "a.npz", **change(small_images(), np.arange(N_SMALL) % 3))
@@ -3945,7 +3948,7 @@ def test_what_is_no_npz_is_refused(tmp_path, content):
         np.save(tmp_path / "a.npy", small_images())
         content = (tmp_path / "a.npy").read_bytes()
     path.write_bytes(content)
-    with pytest.raises(sample.UserError, match="a.npz does not hold arrays"):
+    with pytest.raises(sample.UserError, match="a.npz cannot be used as arrays"):
         train.open_data(path)
 
 
@@ -4113,6 +4116,12 @@ def test_half_an_archive_is_refused_where_the_whole_one_should_lie(tmp_path, mon
 
 # --------------------------------------------------------------------------- weights and their runs
 
+def test_256_classes_may_have_labels_of_8_bits(warned):
+    data = train.Arrays(np.zeros((256, 8, 8, 3), np.uint8), np.arange(256, dtype=np.uint8))
+    assert len(data.classes) == 256
+    assert not warned
+
+
 def test_classes_without_images_are_mentioned(warned):
     data = train.Arrays(small_images(), np.arange(N_SMALL) * 2)
     assert len(data.classes) == 19
@@ -4220,6 +4229,20 @@ def test_a_system_without_what_only_some_have_trains(tmp_path, monkeypatch):
     assert steps_kept(tmp_path / "run") == [1]
 
 
+def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path):
+    def fail(f):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device: .*a.png"):
+        sample.save_atomically(tmp_path / "a.png", fail)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_end_of_memory_is_no_fault_of_a_file():
+    with pytest.raises(torch.OutOfMemoryError), sample.decoding("a.pt", "is damaged"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def test_two_that_write_one_file_at_once_do_not_meet(tmp_path):
     def write_slowly(f):
         f.write(b"first")
@@ -4289,7 +4312,7 @@ def test_an_export_overwrites_nothing(tmp_path, tiny_run):
     ("--ema nan", "--ema: nan must be"),
     ("--flip 3", "--flip: 3 must be"),
     ("--ch 0", "--ch: 0 must be at least 1"),
-    ("--d-lr inf", "--d-lr: inf must be at least 0 and less than inf"),
+    ("--d-lr inf", "--d-lr: inf must be at least 0 and finite"),
     ("--seed 99999999999999999999", "less than 4294967296"),
     ("--sigma-fixed 0", "--sigma-fixed: 0 must be"),
     ("--out a/cat/run --data a", "a/cat/run lies within --data a"),

@@ -23,6 +23,7 @@ order it comes."""
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -149,7 +150,7 @@ def make_parser():
     add("--held-out", help="images not trained on, to see whether D knows --data by heart")
     add("--compile", action="store_true", help="fuse operations; the first step takes minutes")
     add("--fused-attention", action="store_true", help="less time and memory on a GPU")
-    add("--workers", type=in_range(int, 0, 257), help="decoding processes; 8, on a CPU 0")
+    add("--workers", type=in_range(int, 0, 257), help="that decode images; 8, on a CPU 0")
     add("--log-every", type=COUNT, default=50, help="steps between lines of log.jsonl")
     add("--eval-every", type=COUNT, default=1000, help="steps between sigmas, D's accuracy")
     add("--sample-every", type=COUNT, default=1000, help="steps between grids of samples")
@@ -299,7 +300,7 @@ class Trainer:
             with self.autocast(self.half):
                 with torch.no_grad():   # only D learns: no graph through G
                     fake = self.G(batch.z, batch.labels)
-                fake = augment(fake, self.args.augment, batch.r[:, 0])  # the recipe: as it is
+                fake = augment(fake, self.args.augment, batch.r[:, 0])  # not in the recipe
                 real_logits, fake_logits = self.discriminate(batch, fake)
             loss = self.loss_d(real_logits, fake_logits)
             penalty = penalties_on_D(self, batch, fake)         # the recipe has none
@@ -500,6 +501,8 @@ def train(trainer, data, held_out, args):
 
 def main(arguments):
     args = parse_settings(arguments)
+    if args.pack:
+        return start_packing(args)
     device = pick_device()
     if args.compile:
         try_to_compile(device)
@@ -516,8 +519,6 @@ def main(arguments):
     else:
         config = model_config(args)
     data = open_data(args.data, config.resolution)
-    if args.pack:
-        return pack(data, args.pack, args.workers or os.cpu_count())
     held_out = open_held_out(args, data)
     config = dataclasses.replace(config, n_classes=len(data.classes))
     names = ", ".join(data.classes)[:80]
@@ -575,9 +576,12 @@ def open_held_out(args, data):
 def check_settings(args):
     """Refuse settings that cannot work, or not together."""
     require(args.data, "--data DIR is missing, a folder with one sub-folder of images per class")
-    for folder in filter(None, (args.out, args.pack)):
-        within = Path(folder).resolve().is_relative_to(Path(args.data).resolve())
-        require(not within, f"{folder} lies within --data {args.data}; choose another")
+    folder = args.pack or args.out
+    within = Path(folder).resolve().is_relative_to(Path(args.data).resolve())
+    require(
+        args.data == "shapes" or not within,
+        f"{folder} lies within --data {args.data}; choose another",
+    )
     require(
         args.batch % args.micro_batch == 0,
         f"--micro-batch {args.micro_batch} does not divide --batch {args.batch}",
@@ -1162,11 +1166,11 @@ ARRAY_NAMES = {"arr_0": "images", "x": "images", "arr_1": "labels", "y": "labels
 
 def read_npz(path, wanted):
     """Those of the wanted arrays that a file of np.savez holds: name -> array."""
-    with decoding(path, "does not hold arrays"), np.load(path) as stored:
+    with decoding(path, "cannot be used as arrays"), np.load(path) as stored:
         names = {key: ARRAY_NAMES.get(key, key) for key in stored}
         found = {name: stored[key] for key, name in names.items() if name in wanted}
         twice = [name for name in wanted if [*names.values()].count(name) > 1]
-        require(not twice, f"two arrays of {twice}")
+        require(not twice, f"several are called {twice}")
         return found
 
 
@@ -1196,7 +1200,7 @@ class Arrays(DataSet):
             f"labels must be {n} whole numbers from 0 to {n_classes - 1}, one for each image",
         )
         if classes is None:
-            classes = range(self.labels.max() + 1)
+            classes = range(int(self.labels.max()) + 1)
         self.classes = [str(name) for name in classes]
         empty = len(self.classes) - len(np.unique(self.labels))
         if empty:
@@ -1243,8 +1247,6 @@ def pack(data, folder, workers=1):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     require(not own_files(folder), f"{folder} holds files already; choose another")
-    for path in folder.glob("*.tmp"):   # of an attempt that was killed
-        path.unlink()
     shape = (data.resolution, data.resolution, 3)
     labels = []                         # of the images that can be read
 
@@ -1265,17 +1267,25 @@ def pack(data, folder, workers=1):
         f.truncate()
         f.seek(0)
         write_header(f, len(labels))
+        text = json.dumps({"labels": labels, "classes": data.classes})
+        save_text(folder / "packed.json", text)
 
     with ThreadPool(workers) as readers:    # decoding does not keep other threads waiting
-        save_atomically(folder / "images.npy", write)
-    text = json.dumps({"labels": labels, "classes": data.classes})
-    save_text(folder / "packed.json", text)
+        save_atomically(folder / "images.npy", write)       # gets its name last
     say(f"packed: {len(labels):,} images in {folder}")
+
+
+def start_packing(args):
+    """What --pack does. One process does it alone, so what is left was left by one that is gone."""
+    for path in Path(args.pack).glob("images.npy.*.tmp"):
+        path.unlink()
+    data = open_data(args.data, model_config(args).resolution)
+    pack(data, args.pack, args.workers or os.cpu_count())
 
 
 def own_files(folder):
     """Names in a folder, other than those of attempts of `pack` that were interrupted."""
-    temporary = ("images.npy.", "packed.json.")
+    temporary = ("images.npy.", "packed.json")
     return [name for name in os.listdir(folder) if not name.startswith(temporary)]
 
 
@@ -1306,7 +1316,7 @@ class ImageFolder(DataSet):
                 left_out += len(deeper) + others
         if left_out:
             warn(f"{left_out} files and folders in {root} are left out: not called like images, "
-                 "not within the folder of a class, or links that lead nowhere")
+                 "beside or too deep in the folders of classes, or links that lead nowhere")
         # An array of bytes, which the workers share. A list would be copied into each of them: even
         # reading a Python object writes to its memory, as references to it are counted there.
         self.paths = np.concatenate([np.array(found, dtype=bytes) for found in lists])
@@ -1330,7 +1340,7 @@ class ImageFolder(DataSet):
     def __getitem__(self, i):
         label = int(self.labels[i])
         first, end = np.searchsorted(self.labels, [label, label + 1])       # of its class
-        for k in [*range(i, end), *range(first, i)]:
+        for k in itertools.chain(range(i, end), range(first, i)):
             image = self.image(k)
             if image is not None:
                 return image, label
@@ -1405,14 +1415,14 @@ CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1
 
 def prepare_cifar10(path):
     """Fetch CIFAR-10 into data/cifar10, unless something lies there already."""
-    if (path / "packed.json").exists():
+    if (path / "images.npy").exists():
         return
     if path.exists() and own_files(path):
         say(f"{path} holds images of its own: name them by --data, or move them to get CIFAR-10")
         return
     if LOCAL_RANK == 0:
         fetch_cifar10(path.parent)
-    wait_for(path / "packed.json")
+    wait_for(path / "images.npy")
 
 
 def fetch_cifar10(folder):
@@ -1426,7 +1436,7 @@ def fetch_cifar10(folder):
             records = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
             labels = records[:, 0]
             images = records[:, 1:].reshape(-1, 3, 32, 32)
-            if not (folder / name / "packed.json").exists():
+            if not (folder / name / "images.npy").exists():
                 pack(Arrays(images, labels, classes), folder / name)
 
 
