@@ -791,8 +791,6 @@ def run(main):
         main(sys.argv[1:])
         if processes() > 1:
             dist.barrier()                  # nobody leaves before all are done
-    except SystemExit as end:               # after --help
-        status = end.code
     except KeyboardInterrupt:               # training saves instead
         tell(sys.stderr, "interrupted")
         status = 130
