@@ -400,7 +400,7 @@ def features_of(images, n, inception, what):
     zeros = partial(torch.zeros, dtype=torch.float64, device=device)
     total = zeros(2048)                     # the sum of all features f
     products = zeros(2048, 2048)            # and of all f f^T
-    for rows in rows_of_this_process(n, what):  # 16 images fit into a CPU's cache
+    for rows in rows_of_this_process(n, what):
         pairs = [(row, x) for row, x in zip(rows, images(rows)) if x is not None]
         sizes += [[x.shape[:2]] for _, x in pairs]
         pixels += [x[None] for row, x in pairs if row < N_PATCHED and len(x) <= 512]

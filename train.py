@@ -1297,30 +1297,29 @@ class ImageFolder(DataSet):
 
     def __init__(self, root, resolution):
         images, folders, left_out = listing(root)
-        self.classes = [folder.name for folder in folders]
+        found = {root: images}
+        self.classes = ["images"]       # one name, wherever they lie
         if folders:
+            found = {}
+            self.classes = [folder.name for folder in folders]
             left_out += len(images)     # beside the sub-folders
-        else:
-            folders = [root]
-            self.classes = ["images"]   # one name, wherever they lie
-        lists = []
         for folder in folders:
-            images, deeper, others = listing(folder)
+            found[folder], deeper, others = listing(folder)
+            left_out += len(deeper) + others
+        for folder, images in found.items():
             require(
                 images,
                 f"{folder} holds no images; --data has one sub-folder of images per class, or "
                 "images of one class: are they one level down, or up?",
             )
-            lists.append(images)
-            if folder != root:
-                left_out += len(deeper) + others
         if left_out:
             warn(f"{left_out} files and folders in {root} are left out: not called like images, "
                  "beside or too deep in the folders of classes, or links that lead nowhere")
         # An array of bytes, which the workers share. A list would be copied into each of them: even
         # reading a Python object writes to its memory, as references to it are counted there.
-        self.paths = np.concatenate([np.array(found, dtype=bytes) for found in lists])
-        self.labels = np.repeat(np.arange(len(lists)), [len(found) for found in lists])
+        lists = [*found.values()]
+        self.paths = np.concatenate([np.array(images, dtype=bytes) for images in lists])
+        self.labels = np.repeat(np.arange(len(lists)), [len(images) for images in lists])
         self.resolution = resolution
         self.broken = set()
 
