@@ -1,11 +1,11 @@
 # make look    draw 16 stars with the small model that comes along
 # make demo    train on drawn shapes and show what the generator draws (11 to 20 minutes on two CPU cores)
-# make test    the tests (4 to 5 minutes)
+# make test    the tests, on the CPU also where there is a GPU (4 to 5 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (1 minute)
 # make trial   thirty kills, a collapse and a full disk (3 minutes, as root)
 # make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (4 minutes)
 # make port PORT=DIR    training speed beside the author's code (ajbrock/BigGAN-PyTorch), checked out in DIR (5 minutes)
-# make gpu     what runs on a GPU beside the same on the CPU, and how fast it is (ON=cpu: small, without a GPU, 3 minutes)
+# make gpu     what runs on a GPU beside the same on the CPU, and how fast it is (5 minutes and --compile; ON=cpu: without a GPU, 3)
 # make help    this list
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
 
@@ -18,6 +18,8 @@ demo: .venv/ready
 	.venv/bin/python train.py --preset shapes
 	.venv/bin/python metrics.py --weights runs/shapes --data shapes --inception none
 	.venv/bin/python sample.py --weights runs/shapes --class all --n 10 --out shapes.png
+
+test check trial: export CUDA_VISIBLE_DEVICES =
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q test_biggan.py

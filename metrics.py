@@ -32,7 +32,7 @@ from biggan import rank, require
 from sample import (CACHE, SEED, check_output, command_line, decoding, draw_seeds, fetch,
                     gather_rows, in_range, pick_device, read_generator, read_tensors,
                     rows_of_this_process, run, save_atomically, save_text, say, start_processes,
-                    sum_over_processes, typed_options, warn)
+                    sum_over_processes, typed_options, values_of_all, warn)
 from train import give_up, open_data, read_npz
 
 # ==================================================================================================
@@ -375,14 +375,14 @@ N_PATCHED = 2048                # of at most so many pixels, for the sliced Wass
 
 @dataclass
 class Features:
-    """What the scores need of n images."""
+    """What the scores need of n images. The last three are in the first process alone."""
     n: int
+    side: int = None                        # R, if all are R x R; else there are no pixels
     mu: np.ndarray = None                   # mean (2048,) of all features
     cov: np.ndarray = None                  # and covariance (2048, 2048)
-    kept: torch.Tensor = None               # features of the first images (N_KEPT, 2048)
+    kept: np.ndarray = None                 # features of the first images (N_KEPT, 2048)
     probs: np.ndarray = None                # and class probabilities (N_KEPT, 1008)
     pixels: np.ndarray = None               # the first images (N_PATCHED, R, R, 3) uint8
-    side: int = None                        # R, if all are R x R; else there are no pixels
 
 
 def features_of(images, n, inception, what):
@@ -415,7 +415,7 @@ def features_of(images, n, inception, what):
             first = [row < N_KEPT for row, _ in pairs]
             kept.append(f.cpu().numpy()[first])
             probs.append(p.cpu().numpy()[first])
-    sizes = gather_rows(sizes)              # (n, 2)
+    sizes = np.concatenate(sum(values_of_all(sizes), []) or [[]])           # (n, 2)
     n = len(sizes)
     if n < 8:
         give_up(f"{n} {what} can be read; scores need at least 8")
@@ -426,7 +426,7 @@ def features_of(images, n, inception, what):
         found.mu = sum_over_processes(total) / n
         squares = n * np.outer(found.mu, found.mu)
         found.cov = (sum_over_processes(products) - squares) / (n - 1)
-        found.kept = torch.from_numpy(gather_rows(kept))
+        found.kept = gather_rows(kept)
         found.probs = gather_rows(probs)
     return found
 
@@ -477,10 +477,13 @@ def compare(real, fake):
     if real.kept is not None:
         # Subsets of half the points at most: with all of them, each subset would be the same.
         half = min(len(real.kept), len(fake.kept)) // 2
-        mean, deviation = kernel_distance(real.kept, fake.kept, size=min(1000, half))
+        device = pick_device()          # a GPU takes seconds, one thread of a CPU minutes
+        real_points = torch.from_numpy(real.kept).to(device)
+        fake_points = torch.from_numpy(fake.kept).to(device)
+        mean, deviation = kernel_distance(real_points, fake_points, size=min(1000, half))
         scores["KID"] = 1000 * mean
         scores["KID_deviation"] = 1000 * deviation
-        scores["precision"], scores["recall"] = precision_recall(real.kept, fake.kept)
+        scores["precision"], scores["recall"] = precision_recall(real_points, fake_points)
     if real.side and fake.side and real.side != fake.side:
         warn(f"no SWD: real images have {real.side} pixels, generated ones {fake.side}")
     elif real.pixels is not None and fake.pixels is not None:
@@ -540,7 +543,7 @@ def read_statistics(args):
     require(not args.save_stats, f"{args.data} has statistics already: leave out --save-stats")
     require(args.inception != "none", "statistics need Inception: leave out --inception none")
     say(f"{args.data} has statistics, which give FID and IS alone")
-    return Features(None, mu, sigma, side=int(stored.get("side", 0)))
+    return Features(None, int(stored.get("side", 0)), mu, sigma)
 
 
 def real_features(args, resolution, inception):

@@ -38,12 +38,14 @@ import multiprocessing
 import os
 import re
 import secrets
+import shutil
 import sys
 import time
 import traceback
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote
@@ -894,20 +896,32 @@ def save_text(path, text):
 
 # ---------------------------------------------------------------------------- devices and processes
 
-# Set by torchrun: the number of processes, this one's number, and its number on its machine.
+# Set by torchrun: the number of processes, in all and on this machine, and this one's number.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+LOCAL_WORLD_SIZE = 1
 RANK = 0
 LOCAL_RANK = 0
 if WORLD_SIZE > 1:                      # else there is no torchrun
+    LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     RANK = int(os.environ.get("RANK") or 0)
     LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 
 
+@cache
 def pick_device():
     """This process's GPU, or the CPU if there is none. Prepares it for this kind of work."""
     if not torch.cuda.is_available():
+        if has_nvidia_gpu() and LOCAL_RANK == 0:
+            warn(f"torch {torch.__version__} finds no GPU, but there is one: its driver is too old "
+                 "for this torch, or this torch is made for CPUs. Going on with the CPU")
         keep_freed_memory()
         return torch.device("cpu")
+    n_gpus = torch.cuda.device_count()
+    require(
+        LOCAL_WORLD_SIZE <= n_gpus,
+        f"{LOCAL_WORLD_SIZE} processes need a GPU each, and torch finds {n_gpus}: give "
+        f"--nproc_per_node {n_gpus}",
+    )
     matmul = torch.backends.cuda.matmul
     matmul.allow_tf32 = False               # TF32 would round float32 to 10 bits
     torch.backends.cudnn.allow_tf32 = False
@@ -918,16 +932,28 @@ def pick_device():
     return torch.device("cuda", LOCAL_RANK)
 
 
-def start_processes():
-    """Join the other processes, if torchrun has started several. Returns when all have joined."""
+def has_nvidia_gpu():
+    """Is there one that the user has not hidden?"""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and bool(os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi"))
+
+
+def start_processes(patience=timedelta(days=1)):
+    """Join the other processes, if torchrun has started several. Returns when all have joined.
+
+    patience: how long one waits for another that does not answer, such as the first while it scores
+    or writes. None: torch's, 10 minutes on GPUs. (One that has died is noticed at once.)"""
     if WORLD_SIZE == 1:
         return
-    # After a restart by torchrun --max-restarts, the store still has the addresses of the processes
-    # that died. A prefix for each restart keeps them apart.
     store, own_rank, world_size = next(rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # After a restart by torchrun --max-restarts, its store still has the addresses of the
+        # processes that died. A prefix for each restart keeps them apart.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=own_rank, world_size=world_size)
+    dist.init_process_group(
+        backend, store=store, rank=own_rank, world_size=world_size, timeout=patience
+    )
 
 
 def rows_of_this_process(n, what):
@@ -937,12 +963,26 @@ def rows_of_this_process(n, what):
 
 
 def gather_rows(blocks):
-    """The rows that each process has computed, in blocks -> all rows, in every process."""
-    parts = [blocks] * processes()
+    """The rows that each process has computed, in blocks -> all rows, in the first; None in others.
+
+    (They may be gigabytes, and a machine has but one memory for its processes.)"""
+    parts = [blocks]
     if processes() > 1:
-        dist.all_gather_object(parts, blocks)
+        parts = [None] * processes() if rank() == 0 else None
+        dist.gather_object(blocks, parts)
+    if rank() > 0:
+        return None
     everything = sum(parts, [])             # one list
     return np.concatenate(everything or [[]])
+
+
+def values_of_all(value):
+    """The values that the processes have, a list, in every process."""
+    values = [value]
+    if processes() > 1:
+        values = [None] * processes()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def sum_over_processes(tensor):

@@ -51,6 +51,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -103,6 +104,7 @@ from biggan import (
 )
 
 HERE = Path(__file__).parent
+CPU = torch.device("cpu")
 
 # Torch's own resampling: the witnesses of biggan.py's.
 repeat = nn.Upsample(scale_factor=2)
@@ -876,6 +878,24 @@ def test_sngan_has_a_narrow_d_no_attention_and_no_spectral_norm_in_g():
     eps_of_d = {layer.eps for layer in biggan.matrix_layers(D).values()}
     assert eps_of_g == {None}               # without eps there is no spectral norm
     assert eps_of_d == {1e-4}
+
+
+def test_gradients_of_deep_blocks_keep_channels_last_in_memory():
+    G = build(Generator, "biggan-deep-128", ch=8)
+    layouts = []
+
+    def note_layout(gradient):
+        layouts.append(gradient.is_contiguous(memory_format=torch.channels_last))
+
+    def watch(layer, inputs, output):
+        output.register_hook(note_layout)
+
+    for layer in biggan.matrix_layers(G).values():
+        if isinstance(layer, SNConv2d):
+            layer.register_forward_hook(watch)
+    G(torch.randn(2, 128).double(), torch.tensor([0, 1])).sum().backward()
+    assert len(layouts) >= 30
+    assert all(layouts)
 
 
 # ------------------------------------------------------------------------------------- other losses
@@ -2260,6 +2280,21 @@ def test_torch_compile_finds_no_graph_break_and_changes_nothing():
         close(ours.grad, theirs.grad, 1e-9)
 
 
+def test_evaluation_compiles_nothing():
+    # The first process evaluates alone, and the others would wait for its compiler for minutes.
+    def refuse(graph, inputs):
+        raise AssertionError("this compiles")
+
+    t, _ = trainer()
+    for network in t.G, t.D:
+        network.compile(backend=refuse)
+    shapes = train.Shapes(32)
+    examples = train.real_examples(t, shapes, shapes, t.args)
+    assert train.evaluate(t, examples, in_full=True)["D_accuracy"] <= 1
+    with pytest.raises(Exception, match="this compiles"):
+        t.D(torch.zeros(1, 3, 32, 32), torch.tensor([0]))
+
+
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_every_preset_describes_a_model_that_exists(preset):
     args = train.parse_settings(["--data=x", "--preset", preset])
@@ -2584,6 +2619,45 @@ def test_gradients_are_sent_with_the_last_micro_batch_only(group_of_one):
     assert events == turn_of_D + turn_of_D + turn_of_G
 
 
+def on_two_processes(code):
+    """Run code in two processes that have met, as two machines would. Returns what each prints.
+
+    Their counts of restarts differ, and torch's own patience is short."""
+    with socket.create_server(("localhost", 0)) as server:
+        _, port = server.getsockname()
+    both = []
+    for number in 0, 1:
+        first = f"""
+import os, sys, time
+os.environ |= {{"RANK": "{number}", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}}
+os.environ |= {{"MASTER_PORT": "{port}", "TORCHELASTIC_RESTART_COUNT": "{number}"}}
+import torch.distributed, numpy as np
+from datetime import timedelta
+torch.distributed.distributed_c10d.default_pg_timeout = timedelta(seconds=1)
+import sample
+sample.start_processes()
+rank = {number}
+"""
+        last = "\ntorch.distributed.barrier(); sys.stdout.flush(); os._exit(0)"
+        both.append(run_command("-c", first + code + last, cwd=HERE))
+    return [finish(process)[0].strip() for process in both]
+
+
+def test_machines_that_have_counted_different_restarts_meet():
+    # As they do after torchrun --nnodes 2 --max-restarts, where a machine counts those of its own.
+    assert on_two_processes("print(sample.values_of_all(rank))") == ["[0, 1]", "[0, 1]"]
+
+
+def test_others_wait_as_long_as_the_first_needs():
+    slow = "time.sleep(3 if rank == 0 else 0); print(sample.values_of_all(rank))"
+    assert on_two_processes(slow) == ["[0, 1]", "[0, 1]"]
+
+
+def test_rows_are_gathered_in_the_first_process_alone():
+    code = "print(sample.gather_rows([np.array([2 * rank]), np.array([2 * rank + 1])]))"
+    assert on_two_processes(code) == ["[0 1 2 3]", "None"]
+
+
 SHARED = [
     *TINY,
     "--precision fp64 --d-steps 2 --ema 0.9 --save-every 1 --log-every 1 --keep 9 --steps 5",
@@ -2770,6 +2844,65 @@ def test_the_end_of_another_process_is_left_to_that_to_explain(monkeypatch, caps
     monkeypatch.setattr(sample, "processes", lambda: 2)
     assert sample.report(error) == 2
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def another_machine(monkeypatch):
+    """The device is looked for once more, and later again."""
+    sample.pick_device.cache_clear()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    yield
+    sample.pick_device.cache_clear()
+
+
+def test_a_gpu_that_torch_does_not_find_is_warned_of(
+    another_machine, monkeypatch, capsys, tmp_path
+):
+    smi = tmp_path / "nvidia-smi"
+    smi.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for _ in range(2):
+        assert sample.pick_device() == CPU
+    assert capsys.readouterr().err.count("finds no GPU, but there is one") == 1
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")          # hidden by the user
+    sample.pick_device.cache_clear()
+    assert sample.pick_device() == CPU
+    assert capsys.readouterr().err == ""
+
+
+def test_more_processes_than_gpus_are_refused(another_machine, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(sample, "LOCAL_WORLD_SIZE", 8)
+    error = refused(monkeypatch, capsys, *TINY, "--out", tmp_path / "run")
+    assert "8 processes" in error
+    assert error.endswith("give --nproc_per_node 2")
+
+
+def test_a_gpu_without_bf16_is_told_of_fp16(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert train.fast_precision(torch.device("cuda")) == "fp32"
+    assert "--precision fp16" in capsys.readouterr().out
+
+
+def test_make_test_hides_gpus_and_make_gpu_does_not(tmp_path):
+    shutil.copy(HERE / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "visible: <$CUDA_VISIBLE_DEVICES>"')
+    python.chmod(0o755)
+    (tmp_path / ".venv/ready").touch()
+    expected = [("test", ""), ("check", ""), ("trial", ""), ("gpu", "0")]
+    for target, visible in expected:
+        output = subprocess.check_output(
+            ["make", "--silent", target],
+            cwd=tmp_path,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"},
+            text=True,
+        )
+        assert set(output.splitlines()) == {f"visible: <{visible}>"}
 
 
 def test_ctrl_c_is_no_traceback(capsys):
@@ -4391,9 +4524,6 @@ def check_the_demos_samples_are_the_shapes_that_were_asked_for():
 # Two PyPI packages compute what sample.py and metrics.py do: pytorch-pretrained-biggan draws with
 # BigGAN-deep, and pytorch-fid sees with Inception. Ours must give the same numbers, and sooner.
 
-CPU = torch.device("cpu")
-
-
 def time_when_done(device):
     """The time in seconds, once the device has done all that it was asked to do."""
     if device.type == "cuda":
@@ -4645,8 +4775,13 @@ def beside_the_authors_code_training_is_faster(arguments, steps, fp32, bf16):
 
 
 # -------------------------------------------------------------------------- on a GPU, by `make gpu`
-# Does the GPU compute the same as the CPU, and how fast is it? With ON=cpu in the environment
-# everything runs on the CPU, with small networks, so that no line waits for a GPU to be tried.
+# Does a GPU compute the right numbers, and how fast? Numbers are printed as they are found, and a
+# failure does not stop what comes after it. With ON=cpu everything runs on the CPU, with small
+# networks, so that no line waits for a GPU to be tried.
+#
+# First come comparisons, in float64, where two devices differ by rounding alone. (In float32, too,
+# they do. But there, rounding turns some input of a ReLU from just below 0 to just above, and
+# gradients change by more than 1e-3.)
 
 ON = torch.device(os.environ.get("ON") or "cuda")
 CARD = ON.type == "cuda"
@@ -4685,12 +4820,13 @@ def a_group_of_one(monkeypatch, tmp_path):
 def trained(device, *options, steps=1, state=None):
     """A trainer after some steps on the same images, and the gradients of the last step.
 
-    state: what it starts from, else random weights. Gradients: name -> tensor on the CPU."""
+    In float64, unless options say otherwise. state: what it starts from, else random weights.
+    Gradients: name -> tensor on the CPU."""
     # D's weights stay as they are. Adam's first step is about the sign of the gradient, also where
     # the gradient is but a rounding error. So a D that had learned would differ between devices.
-    usual = "--data x --batch 8 --ch 16 --d-steps 1 --ema-start 0 --g-lr 1e-4 --d-lr 0"
+    usual = "--data x --batch 4 --ch 16 --d-steps 1 --ema-start 0 --g-lr 1e-4 --d-lr 0"
     sample.pick_device()                            # which switches TF32 off
-    args = train.parse_settings(words([usual, *options]))
+    args = train.parse_settings(words([usual, "--precision fp64", *options]))
     config = dataclasses.replace(train.model_config(args), n_classes=10)
     t = train.Trainer(args, config, device)
     t.scaler._init_scale = 64.0                     # so low that nothing overflows
@@ -4710,11 +4846,12 @@ def trained(device, *options, steps=1, state=None):
 
 
 def same_images(trainer):
-    """Eight images and labels, the same on every device, again and again."""
+    """Images and labels, the same on every device, again and again."""
     R = trainer.config.resolution
+    n = trainer.args.batch
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(8, 3, R, R, generator=generator) * 2 - 1
-    y = torch.arange(8)
+    x = torch.rand(n, 3, R, R, generator=generator, dtype=trainer.dtype) * 2 - 1
+    y = torch.arange(n)
     return itertools.repeat((x.to(trainer.device), y.to(trainer.device)))
 
 
@@ -4738,55 +4875,74 @@ def cosine(ours, theirs):
     cosines = []
     for network in "G", "D":
         names = [name for name in ours if name.startswith(network)]
-        our_vector = torch.cat([ours[name].flatten() for name in names])
-        their_vector = torch.cat([theirs[name].flatten() for name in names])
+        our_vector = torch.cat([ours[name].double().flatten() for name in names])
+        their_vector = torch.cat([theirs[name].double().flatten() for name in names])
         cosines.append(F.cosine_similarity(our_vector, their_vector, dim=0))
     return min(cosines)
 
 
 def report(what, value):
-    print(f"\n{what:<60}{value}")
+    start_of_line = "\n" if what else ""            # behind pytest's dots
+    print(f"{start_of_line}{what:<60}{value}", flush=True)
 
 
-@pytest.mark.parametrize("model", ["biggan32", "biggan128"])
+def gpu_which_machine():
+    report("torch", torch.__version__)
+    report("C compiler, for --compile", shutil.which("gcc") or shutil.which("cc"))
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    report("Python's headers, for --compile", header.exists())
+    report("shared memory, for workers that decode images", f"{disk_space('/dev/shm'):.1f} GB")
+    if CARD:
+        card = torch.cuda.get_device_properties(0)
+        report(card.name, f"{card.total_memory / 1e9:.0f} GB, cuDNN {torch.backends.cudnn.version()}")
+
+
+def disk_space(path):
+    return shutil.disk_usage(path).total / 1e9
+
+
+@functools.cache
+def gradients_of_the_cpu(model):
+    return trained(CPU, "--model", model)[1]
+
+
+@pytest.mark.parametrize("model", ["biggan32", "biggan128", "biggan-deep-128"])
 def gpu_a_step_is_the_cpus(model):
-    _, exact = trained(CPU, "--precision fp32 --model", model)
-    _, ours = trained(ON, "--precision fp32 --model", model)
-    found = distance(ours, exact)
-    report(f"{model}: distance of gradients in fp32", f"{found:.2g}")
-    assert found < 1e-3
-    for precision in "bf16", "fp16":
-        _, ours = trained(ON, "--precision", precision, "--model", model)
-        found = cosine(ours, exact)
-        report(f"{model}: cosine of gradients in {precision}", f"{found:.4f}")
-        assert found > 0.99
+    _, ours = trained(ON, "--model", model)
+    found = distance(ours, gradients_of_the_cpu(model))
+    report(f"{model}: distance of gradients in fp64", f"{found:.1g}")
+    assert found < 1e-6
 
 
-@pytest.mark.parametrize("options", ["", "--micro-batch 4"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("model", ["biggan32", "biggan128"])
+def gpu_a_rounded_step_has_nearly_the_direction_of_the_cpus(model, precision):
+    _, ours = trained(ON, "--model", model, "--precision", precision)
+    found = cosine(ours, gradients_of_the_cpu(model))
+    report(f"{model}: cosine of gradients in {precision}", f"{found:.4f}")
+    assert found > 0.98
+
+
+def gpu_fused_attention_changes_nothing():
+    precision = "fp32" if CARD else "fp64"          # torch's GPU kernels know no float64
+    options = f"--model biggan128 --precision {precision}"
+    _, plain = trained(ON, options)
+    _, fused = trained(ON, options, "--fused-attention")
+    found = distance(fused, plain)
+    report(f"--fused-attention: distance of gradients in {precision}", f"{found:.1g}")
+    assert found < (2e-2 if CARD else 1e-6)
+
+
+@pytest.mark.parametrize("options", ["", "--micro-batch 2"])
 def gpu_collectives_and_ddp_change_nothing(request, options):
-    _, alone = trained(ON, "--precision fp32 --model biggan32", options)
+    _, alone = trained(ON, "--model biggan32", options)
     request.getfixturevalue("a_group_of_one")
-    t, together = trained(ON, "--precision fp32 --model biggan32", options)
+    t, together = trained(ON, "--model biggan32", options)
     for network in t.parallel_G, t.parallel_D:
         assert isinstance(network, nn.parallel.DistributedDataParallel)
     found = distance(together, alone)
     report(f"collectives and DDP {options}: distance of gradients", f"{found:.1g}")
-    assert found < 1e-3
-
-
-@pytest.mark.parametrize("option, model", [
-    ("--compile", "biggan128" if CARD else "biggan32"),
-    ("--fused-attention", "biggan128"),
-])
-def gpu_faster_ways_change_nothing(option, model):
-    # On a CPU in float64, as in float32 another rounding alone may switch a ReLU on or off.
-    precision = "fp32" if CARD else "fp64"
-    options = f"--precision {precision} --model {model}"
-    _, plain = trained(ON, options)
-    _, other = trained(ON, options, option)
-    found = distance(other, plain)
-    report(f"{option}: distance of gradients", f"{found:.1g}")
-    assert found < 1e-3
+    assert found < 1e-6
 
 
 def gpu_a_run_moves_from_card_to_cpu_and_back():
@@ -4794,7 +4950,7 @@ def gpu_a_run_moves_from_card_to_cpu_and_back():
         # Biases before a batch norm move by nothing but rounding, so they are not compared.
         return {name: p.detach().cpu() for name, p in tensors.items() if p.dim() > 1}
 
-    options = "--precision fp32 --model biggan32"
+    options = "--model biggan32"
     t, _ = trained(ON, options, steps=3)
     stayed = matrices_of_G(dict(t.G.named_parameters()))
     state = None
@@ -4805,7 +4961,7 @@ def gpu_a_run_moves_from_card_to_cpu_and_back():
     moved = {name: state["G"][name] for name in stayed}
     found = distance(moved, stayed)
     report("a run moved twice: distance of G's weights", f"{found:.1g}")
-    assert found < 1e-3
+    assert found < 1e-6
 
 
 def gpu_images_and_features_are_the_cpus():
@@ -4829,18 +4985,31 @@ def gpu_images_and_features_are_the_cpus():
     assert of_features < 1e-4
 
 
+def gpu_scores_of_features_are_the_cpus():
+    n = 3000 if CARD else 300
+    real = torch.randn(n, 2048)
+    fake = torch.randn(n, 2048) + 0.03
+    for score in metrics.kernel_distance, metrics.precision_recall:
+        on_cpu = score(real, fake)
+        started = time_when_done(ON)
+        on_card = score(real.to(ON), fake.to(ON))
+        seconds = time_when_done(ON) - started
+        report(f"{score.__name__} of {n} features, in {seconds:.1f} s", on_card)
+        close(on_card, on_cpu, atol=2e-3)           # a point more or less in a ball
+
+
 @pytest.mark.parametrize("options", [
     "",
     "--precision fp16",
     "--r1 1",
     "--loss wgan-gp",
-    "--micro-batch 4",
+    "--micro-batch 2",
     "--ortho 0",
     "--augment translation --r1 1",
     "--augment colour,cutout",
 ])
 def gpu_a_step_never_waits_for_the_card(options):
-    t, _ = trained(ON, "--model biggan32 --workers 0", options)
+    t, _ = trained(ON, "--model biggan32 --workers 0 --precision fp32", options)
     real_batches = train.batches(train.Shapes(32), t.args, 1, ON)
     next(real_batches)                              # starting may wait, as the first step may
     if CARD:
@@ -4862,6 +5031,41 @@ def gpu_sigterm_to_torchrun_saves(tmp_path):
     assert steps_kept(tmp_path)
 
 
+# Then times. They are those of one trainer, with other settings each time.
+
+@functools.cache
+def large_trainer(preset="imagenet128"):
+    """A trainer as train.py would make it, but with random weights made on the card itself."""
+    options = f"--data x --preset {preset}"
+    if not CARD:
+        options += " --ch 8 --batch 4"
+    args = train.parse_settings(options.split())
+    sample.pick_device()
+    if args.precision == "auto":
+        args.precision = train.fast_precision(ON)
+    with ON:
+        return train.Trainer(args, train.model_config(args), ON)
+
+
+def change(trainer, batch, fused=False, **settings):
+    """Give a trainer another batch and other settings. Returns images without end."""
+    if not CARD:
+        batch = min(batch, 4)
+    sizes = {"batch": batch, "micro_batch": batch}
+    usual = train.parse_settings(["--data", "x", "--preset", trainer.args.preset])
+    for name, value in {**vars(usual), **sizes, **settings}.items():
+        if name not in ("precision", "ch"):
+            setattr(trainer.args, name, value)
+    trainer.rows = train.rows_of_batch(trainer.args)
+    trainer.micro = batch
+    for network in trainer.G, trainer.D:
+        if hasattr(network, "attention"):
+            network.attention.fused = fused
+    x, y = noise_for_real_images(batch, trainer.config, ON)
+    x = x.to(memory_format=torch.channels_last)     # as `train.batches` gives them
+    return itertools.repeat((x, y))
+
+
 def mean_seconds(work, times):
     """The mean of the seconds that some work takes, many times in a row.
 
@@ -4875,121 +5079,147 @@ def mean_seconds(work, times):
     return (time_when_done(ON) - started) / times
 
 
-def measure_step(options):
-    """Print speed, memory and operations of a training step with these options of train.py."""
-    try:
-        trainer = trainer_for_speed(options)
-        measure_trainer(trainer)
-    except (MemoryError, torch.OutOfMemoryError):
-        print("memory ran out")
-
-
-def trainer_for_speed(options):
-    """A trainer as train.py would make it."""
-    args = train.parse_settings(["--data", "x", *options.split()])
-    sample.pick_device()
-    if args.precision == "auto":
-        args.precision = "bf16" if train.has_fast_bf16(ON) else "fp32"
-    config = train.model_config(args)
-    return train.Trainer(args, config, ON)
-
-
-def measure_trainer(trainer):
-    """Time its steps on noise, count their operations, compare with one large matrix product."""
-    x, y = noise_for_real_images(len(trainer.rows), trainer.config, ON)
-    x = x.to(memory_format=torch.channels_last)     # as `train.batches` gives them
-    real_batches = itertools.repeat((x, y))
-    d_steps = trainer.args.d_steps
-
-    def step():
-        trainer.train_step(real_batches)
-
-    # G's turn can be repeated alone, and adds its losses to what the last step has logged. The rest
-    # of a step's time is for D's turns.
-    step_seconds = mean_seconds(step, 10)
-    G_seconds = mean_seconds(trainer.step_G, 10)
-    D_seconds = (step_seconds - G_seconds) / d_steps
-    rate = trainer.args.batch * d_steps / step_seconds
-    print(
-        f"{rate:.1f} real images per second; {1000 * step_seconds:.0f} ms per step: "
-        f"{d_steps} times {1000 * D_seconds:.0f} for D, {1000 * G_seconds:.0f} for G"
-    )
-
-    # What tensors have occupied, and what torch has taken from the card to have room for them.
-    allocated = torch.cuda.max_memory_allocated() / 1e9
-    reserved = torch.cuda.max_memory_reserved() / 1e9
-    print(f"{reserved:.2f} GB of GPU memory reserved, {allocated:.2f} GB allocated")
-
-    # A multiplication and an addition count as 2 operations, also where they are with a zero. The
-    # counter sees operations of torch only, so nothing may be compiled into others.
-    with torch.compiler.set_stance("force_eager"):
-        with FlopCounterMode(display=False) as counter:
-            step()
-    tera = counter.get_total_flops() / 1e12
-
-    # Hardly anything is faster than a product of large matrices, (side, side) each. Each of its
-    # side^2 numbers is a sum of side products: 2 side^3 operations.
-    side = 8192 if CARD else 2048
-    dtype = trainer.half or trainer.dtype
+@functools.cache
+def peak_rate(dtype):
+    """Tera-operations per second of a product of large matrices. Hardly anything is faster."""
+    # Each of the (side, side) numbers is a sum of `side` products: 2 side^3 operations.
+    side = 8192 if CARD else 1024
     matrix = torch.randn(side, side, device=ON, dtype=dtype)
-
-    def multiply():
-        matrix @ matrix
-
-    peak = 2e-12 * side**3 / mean_seconds(multiply, 10)
-    share = tera / step_seconds / peak
-    print(f"{tera:.4f} TFLOP per process, {share:.0%} of a matrix product's {peak:.2f} per second")
+    return 2e-12 * side**3 / mean_seconds(lambda: matrix @ matrix, 10)
 
 
-def gpu_speed_of_training():
-    size = "--preset shapes --ch 8"
-    batches = [8]
-    ways = ["", "--fused-attention"]
+@functools.cache
+def measured_step(preset, batch, fused=False, **settings):
+    """Print the time and the memory of a training step. -> its seconds; None: memory ran out"""
+    trainer = large_trainer(preset)
+    real_batches = change(trainer, batch, fused, **settings)
+    report(f"{preset}, {trainer.args.batch} images", f"fused attention: {fused}, {settings}")
     if CARD:
-        size = "--preset imagenet128"
-        batches = [32, 64, 128, 256]
-        ways = ["", "--compile", "--fused-attention", "--fused-attention --compile"]
-    for way in ways:
-        for batch in batches:
-            options = f"{size} --batch {batch} {way}"
-            output = printed_by(f"measure_step({options!r})")
-            report(options, output)
-            if "memory ran out" in output:
-                break                               # a larger batch would need even more
-            speed = r"[\d.]+ real images per second; \d+ ms per step: "
-            turns = r"\d times \d+ for D, \d+ for G\n"
-            memory = r"[\d.]+ GB of GPU memory reserved, [\d.]+ GB allocated\n"
-            operations = r"[\d.]+ TFLOP per process, \d+% of a matrix product's"
-            assert re.match(speed + turns + memory + operations, output)
-    if os.environ.get("PORT"):
-        for precision in "port", "fp32", "bf16":
-            call = f"training_rate({precision!r}, '--preset imagenet128 --batch 32', 5)"
-            what = f"{precision}: images per second at 128x128, batch 32"
-            report(what, f"{number_printed_by(call):.1f}")
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        seconds = mean_seconds(lambda: trainer.train_step(real_batches), 10 if CARD else 1)
+    except (MemoryError, torch.OutOfMemoryError):
+        report("", "memory ran out")
+        return None
+    # What torch has taken from the card, before anything else takes more.
+    reserved = torch.cuda.max_memory_reserved() / 1e9
+    rate = trainer.args.batch * trainer.args.d_steps / seconds
+    report("", f"{1000 * seconds:.0f} ms per step, {rate:.1f} real images per second")
+    report("", f"{reserved:.2f} GB of GPU memory reserved")
+    return seconds
+
+
+def measure(preset, batch, fused=False):
+    """Print also how many operations a step has, and how far it is from the card's best."""
+    seconds = measured_step(preset, batch, fused)
+    if seconds is None:
+        return
+    trainer = large_trainer(preset)
+    real_batches = change(trainer, batch, fused)
+    # A multiplication and an addition count as 2 operations, also where they are with a zero.
+    with FlopCounterMode(display=False) as counter:
+        trainer.train_step(real_batches)
+    tera = counter.get_total_flops() / 1e12
+    peak = peak_rate(trainer.half or trainer.dtype)
+    share = tera / seconds / peak
+    report("", f"{tera:.4f} TFLOP, {share:.0%} of a matrix product's {peak:.2f} per second")
+    assert 0 < share < 1.5
+
+
+@pytest.mark.parametrize("batch", [64, 256])
+def gpu_speed_of_training(batch):
+    measure("imagenet128", batch)
+
+
+def gpu_speed_with_fused_attention():
+    measure("imagenet128", 256, fused=True)
 
 
 def gpu_largest_kernels():
-    options = "--precision bf16 --model biggan128"
-    column = "self_cpu_time_total"
-    if CARD:
-        options += " --ch 96"
-        column = "self_cuda_time_total"
-    t, _ = trained(ON, options)
+    trainer = large_trainer()
+    real_batches = change(trainer, 256)
     with torch.profiler.profile() as profile:
-        t.train_step(same_images(t))
+        started = time_when_done(ON)
+        trainer.train_step(real_batches)
+        seconds = time_when_done(ON) - started
     kernels = profile.key_averages()
-    report("the largest kernels", kernels.table(sort_by=column, row_limit=5))
+    busy = sum(kernel.self_device_time_total for kernel in kernels) / 1e6
+    if CARD:
+        report("busy, of a step under the profiler", f"{busy:.2f} of {seconds:.2f} s")
+    column = "self_cuda_time_total" if CARD else "self_cpu_time_total"
+    table = kernels.table(sort_by=column, row_limit=25, max_name_column_width=60)
+    report("the largest kernels", table)
+
+
+@pytest.mark.parametrize("settings", [{"r1": 10.0}, {"sigma_ratio": 1.5}])
+def gpu_price_of_options(settings):
+    # R1's second derivative asks for convolutions with kernels as large as an image, which may be
+    # slow on a GPU.
+    plain = measured_step("imagenet128", 64)
+    seconds = measured_step("imagenet128", 64, **settings)
+    report(f"{settings}: times as slow as without", f"{seconds / plain:.2f}")
+
+
+def gpu_speed_beside_the_authors_code():
+    if not os.environ.get("PORT"):
+        return report("without PORT", "no comparison with the author's code")
+    trainer = large_trainer()
+    ours = measured_step("imagenet128", 64, d_steps=1)
+    images, labels = next(change(trainer, 64, d_steps=1))
+    with ON:
+        step = authors_step(trainer.args, trainer.config, ON)
+    theirs = mean_seconds(lambda: step(images, labels), 10 if CARD else 1)
+    rate = trainer.args.batch / theirs
+    report("the author's code: real images per second", f"{rate:.1f}")
+    report("ours, in bf16: times as many", f"{theirs / ours:.2f}")
+
+
+def gpu_speed_of_deep():
+    measure("imagenet128-deep", 128)
 
 
 @pytest.mark.parametrize("model", ["biggan-deep-128", "biggan-deep-256"])
 def gpu_speed_of_drawing(model):
     sample.pick_device()
     config = dataclasses.replace(MODELS[model], ch=128 if CARD else 8)
-    G = Generator(config).eval().requires_grad_(False)
+    with ON:
+        G = Generator(config).eval().requires_grad_(False)
     G = biggan.fold_spectral_norm(G)
-    G = G.to(ON, memory_format=torch.channels_last)
+    G = G.to(memory_format=torch.channels_last)
     for batch in 1, 16:
         z = torch.randn(batch, 128)
         y = torch.arange(batch)
         seconds = median_seconds(lambda: sample.draw(G, z, y), 5, ON)
         report(f"{model}: images per second, {batch} at a time", f"{batch / seconds:.1f}")
+
+
+def compiled_beside_plain():
+    """Print how long compiling takes, and what it gains. The gradients must remain the same."""
+    trainer = large_trainer("imagenet128" if CARD else "cifar10")
+    real_batches = change(trainer, 256, d_steps=1)
+    trainer.opt_D.param_groups[0]["lr"] = 0.0       # as in `trained`
+    start = copy.deepcopy(trainer.state_dict())
+    gradients = []
+    for way in "plain", "compiled":
+        trainer.load_state_dict(start)
+        started = time_when_done(ON)
+        trainer.train_step(real_batches)
+        report(f"first step, {way}: seconds", f"{time_when_done(ON) - started:.1f}")
+        gradients.append({
+            f"{letter}.{name}": p.grad.clone()
+            for letter, network in (("G", trainer.G), ("D", trainer.D))
+            for name, p in network.named_parameters()
+        })
+        seconds = mean_seconds(lambda: trainer.train_step(real_batches), 10 if CARD else 1)
+        report(f"a step, {way}: ms", f"{1000 * seconds:.0f}")
+        for network in trainer.G, trainer.D:
+            network.compile(dynamic=False)
+    found = cosine(*gradients)
+    report("cosine of gradients", f"{found:.4f}")
+    assert found > 0.98
+
+
+def gpu_compile_comes_last():
+    call = f"import {__name__} as tests; tests.compiled_beside_plain()"
+    subprocess.run([sys.executable, "-c", call], cwd=HERE, timeout=200, check=True)

@@ -83,7 +83,6 @@ from sample import (
     decoding,
     draw_seeds,
     fetch,
-    gather_rows,
     image_grid,
     in_range,
     newest_checkpoint,
@@ -98,6 +97,7 @@ from sample import (
     start_processes,
     sum_over_processes,
     typed_options,
+    values_of_all,
     wait_for,
     warn,
 )
@@ -486,7 +486,7 @@ def train(trainer, data, held_out, args):
                 f"metrics.py --weights {args.out}/checkpoints/*.pt says which is best")
     if saved < trainer.step and not save_checkpoint(trainer, data.classes, args):
         raise UserError(f"step {trainer.step} is not saved; make room, then type the same command")
-    for text in gather_rows([[problem]]):
+    for text in values_of_all(problem):
         if text:
             give_up(f"{text}; the same command continues from step {trainer.step}")
     how = "done" if trainer.step >= args.steps else "stopped"
@@ -507,7 +507,7 @@ def main(arguments):
     if args.compile:
         try_to_compile(device)
     if args.precision == "auto":
-        args.precision = "bf16" if has_fast_bf16(device) else "fp32"
+        args.precision = fast_precision(device)
     checkpoint, path = newest_checkpoint(args.out)
     initial = None
     if checkpoint:
@@ -529,7 +529,7 @@ def main(arguments):
         check_run(args.out, described)
     # Until here each process finds mistakes by itself, and all find the same. From here on they
     # communicate, and one that ended alone would leave the others waiting.
-    start_processes()
+    start_processes(patience=None)
     # The file stays open, as closing it would release the lock.
     lock = prepare_folder(args.out, described)
     trainer = Trainer(args, config, device)
@@ -539,17 +539,20 @@ def main(arguments):
         say(f"continuing {args.out} from step {trainer.step}")
     elif initial:
         start_from(trainer, initial, data.classes)
-    if len(set(gather_rows([[trainer.step]]))) > 1:
+    if len(set(values_of_all(trainer.step))) > 1:
         give_up(f"the processes have read different checkpoints; {args.out} is on no shared disk")
     del checkpoint, initial             # gigabytes
     train(trainer, data, held_out, args)
 
 
-def has_fast_bf16(device):
-    """Does the hardware compute in bf16? Emulated, it would be slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
+def fast_precision(device):
+    """bf16 where the hardware has it. (Emulated, it would be slower than float32.)"""
+    if device.type == "cpu":
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    say("this GPU has no bf16; --precision fp16 may be several times as fast as fp32")
+    return "fp32"
 
 
 def try_to_compile(device):
@@ -759,13 +762,15 @@ def mean_of(lines, name):
 
 @torch.no_grad()
 def forward_in_eval(trainer, network, inputs, labels):
-    """network(input, label) in evaluation mode. inputs: parts of 16 each. -> (N, ...) on the CPU"""
+    """network(input, label) in evaluation mode. inputs: parts of 16 each. -> (N, ...) on the CPU
+
+    By `forward`, which is not compiled: that would take minutes, while other processes wait."""
     network.eval()
     outputs = []
     with trainer.autocast(trainer.half):
         for x, y in zip(inputs, labels.split(16)):
             x = x.to(trainer.device, trainer.dtype)
-            out = network(x, y.to(trainer.device))
+            out = network.forward(x, y.to(trainer.device))
             outputs.append(out.cpu())
     network.train()
     return torch.cat(outputs)
