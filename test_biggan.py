@@ -4894,7 +4894,8 @@ def gpu_which_machine():
     report("shared memory, for workers that decode images", f"{disk_space('/dev/shm'):.1f} GB")
     if CARD:
         card = torch.cuda.get_device_properties(0)
-        report(card.name, f"{card.total_memory / 1e9:.0f} GB, cuDNN {torch.backends.cudnn.version()}")
+        report(card.name, f"{card.total_memory / 1e9:.0f} GB")
+        report("cuDNN", torch.backends.cudnn.version())
 
 
 def disk_space(path):
@@ -5143,10 +5144,8 @@ def gpu_largest_kernels():
         started = time_when_done(ON)
         trainer.train_step(real_batches)
         seconds = time_when_done(ON) - started
+    report("a step under the profiler", f"{seconds:.2f} s, of which the card is busy as below")
     kernels = profile.key_averages()
-    busy = sum(kernel.self_device_time_total for kernel in kernels) / 1e6
-    if CARD:
-        report("busy, of a step under the profiler", f"{busy:.2f} of {seconds:.2f} s")
     column = "self_cuda_time_total" if CARD else "self_cpu_time_total"
     table = kernels.table(sort_by=column, row_limit=25, max_name_column_width=60)
     report("the largest kernels", table)
