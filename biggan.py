@@ -1006,10 +1006,10 @@ def sigma_excess(W, fixed=None, ratio=None):
     W = W.flatten(1)
     with torch.no_grad():
         # eigh raises an error for NaN, so it gets zeros for them. They still show in sigma_0 below.
-        squares, vectors = torch.linalg.eigh(smaller_gram(W.nan_to_num(0, 0, 0)))
+        squares, vectors = torch.linalg.eigh(smaller_gram(W).nan_to_num(0, 0, 0))
         goal = fixed if fixed is not None else ratio * squares[-2].clamp(min=0).sqrt()
-        u = vectors[:, -1]                          # of W W^T: (out,)
-        if len(u) < len(W):                         # of W^T W: (everything else,)
+        u = vectors[:, -1]
+        if len(W) > W.shape[1]:                     # it is a vector of W^T W, which is v
             u = W @ u
     sigma_0, u, v = power_iteration(W, u)
     return sigma_0 - goal, u, v

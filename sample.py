@@ -942,7 +942,7 @@ def start_processes(patience=timedelta(days=1)):
     """Join the other processes, if torchrun has started several. Returns when all have joined.
 
     patience: how long one waits for another that does not answer, such as the first while it scores
-    or writes. None: torch's, 10 minutes on GPUs. (One that has died is noticed at once.)"""
+    or writes. None: torch's 10 to 30 minutes. (One that has died is noticed at once.)"""
     if WORLD_SIZE == 1:
         return
     store, own_rank, world_size = next(rendezvous("env://"))
