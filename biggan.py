@@ -466,7 +466,9 @@ def conditional_norm(channels, config):
 
 
 def upsample(x):                                    # (N, C, H, W) -> (N, C, 2H, 2W)
-    return F.interpolate(x, scale_factor=2, mode="nearest")         # each pixel becomes four
+    # On a GPU, autocast would return float32, and so would all that comes after it.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2, mode="nearest")     # each pixel becomes four
 
 
 class Generator(nn.Module):

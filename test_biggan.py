@@ -64,6 +64,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 # An empty folder for downloaded weights, so that the tests never touch the user's own. It must be
@@ -2271,6 +2272,41 @@ def test_a_step_mixes_no_devices_and_reads_no_number_from_its_own(monkeypatch, o
     logged = t.train_step(itertools.repeat((real, real_labels)))
     assert t.step == 1
     assert {value.device.type for value in logged.values()} == {"meta"}
+
+
+class Widened(TorchFunctionMode):
+    """Notes the functions of 16-bit tensors whose results autocast, on a GPU, makes float32.
+
+    (On a CPU autocast lets some of them be, such as interpolate, so the results here tell nothing.)
+    """
+
+    names = (
+        "interpolate softmax log_softmax sum prod cumsum norm vector_norm normalize exp log pow "
+        "rsqrt reciprocal softplus cosine_similarity layer_norm group_norm mse_loss l1_loss"
+    ).split()
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        dtypes = [x.dtype for x in arguments if isinstance(x, torch.Tensor)]
+        if torch.is_autocast_enabled("cpu") and torch.bfloat16 in dtypes:
+            self.found |= {function.__name__} & {*self.names}
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("options", [
+    "--r1 1 --augment colour,translation,cutout",
+    "--model biggan-deep-128 --batch 2",
+    "--model sngan128 --batch 2",
+])
+def test_what_has_16_bits_keeps_them_on_a_gpu(options):
+    t, _ = trainer("--precision bf16", options)
+    x, y = noise_for_real_images(t.args.batch, t.config, CPU)
+    with Widened() as widened:
+        t.train_step(itertools.repeat((x, y)))
+    assert not widened.found
 
 
 def test_torch_compile_finds_no_graph_break_and_changes_nothing():
@@ -4928,6 +4964,17 @@ def gpu_a_rounded_step_has_nearly_the_direction_of_the_cpus(model, precision):
     found = cosine(ours, gradients_of_the_cpu(model))
     report(f"{model}: cosine of gradients in {precision}", f"{found:.4f}")
     assert found > 0.98
+
+
+@pytest.mark.parametrize("model", ["biggan128", "biggan-deep-128"])
+def gpu_blocks_pass_16_bits_on(model):
+    t, _ = trained(ON, "--precision bf16 --model", model)
+    widths = set()
+    for block in [*t.G.blocks, *t.D.blocks]:
+        block.register_forward_hook(lambda _, inputs, output: widths.add(output.dtype))
+    t.train_step(same_images(t))
+    report(f"{model}: what blocks return", widths)
+    assert widths == {torch.bfloat16}
 
 
 def gpu_fused_attention_changes_nothing():
