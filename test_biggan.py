@@ -36,6 +36,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import hashlib
 import http.server
 import io
@@ -1603,8 +1604,10 @@ def finish(process, status=0):
 
 def wait_until(condition, process):
     """Wait until condition() is true. The process must not end before that."""
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -4742,6 +4745,7 @@ def authors_step(args, config, device):
 
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
     arguments = f"""
         --batch_size {args.batch} --num_D_steps {args.d_steps} --G_ortho {args.ortho}
         --dim_z {config.z_dim} --G_ch {config.ch} --D_ch {config.ch}
@@ -4892,9 +4896,10 @@ def same_images(trainer):
     R = trainer.config.resolution
     n = trainer.args.batch
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(n, 3, R, R, generator=generator, dtype=trainer.dtype) * 2 - 1
-    y = torch.arange(n)
-    return itertools.repeat((x.to(trainer.device), y.to(trainer.device)))
+    x = torch.rand(n, 3, R, R, generator=generator, dtype=torch.float64) * 2 - 1
+    x = x.to(trainer.device, trainer.dtype)
+    y = torch.arange(n).to(trainer.device)
+    return itertools.repeat((x, y))
 
 
 def distance(ours, theirs):
@@ -4957,13 +4962,13 @@ def gpu_a_step_is_the_cpus(model):
     assert found < 1e-6
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision, limit", [("fp32", 0.9999), ("bf16", 0.98), ("fp16", 0.98)])
 @pytest.mark.parametrize("model", ["biggan32", "biggan128"])
-def gpu_a_rounded_step_has_nearly_the_direction_of_the_cpus(model, precision):
+def gpu_a_rounded_step_has_nearly_the_direction_of_the_cpus(model, precision, limit):
     _, ours = trained(ON, "--model", model, "--precision", precision)
     found = cosine(ours, gradients_of_the_cpu(model))
-    report(f"{model}: cosine of gradients in {precision}", f"{found:.4f}")
-    assert found > 0.98
+    report(f"{model}: cosine of gradients in {precision}", f"{found:.5f}")
+    assert found > limit
 
 
 @pytest.mark.parametrize("model", ["biggan128", "biggan-deep-128"])
@@ -5055,12 +5060,12 @@ def gpu_scores_of_features_are_the_cpus():
 @pytest.mark.parametrize("options", [
     "",
     "--precision fp16",
-    "--r1 1",
-    "--loss wgan-gp",
     "--micro-batch 2",
     "--ortho 0",
-    "--augment translation --r1 1",
     "--augment colour,cutout",
+    "--r1 1",
+    "--loss wgan-gp",
+    "--augment translation --r1 1",
 ])
 def gpu_a_step_never_waits_for_the_card(options):
     t, _ = trained(ON, "--model biggan32 --workers 0 --precision fp32", options)
@@ -5088,7 +5093,7 @@ def gpu_sigterm_to_torchrun_saves(tmp_path):
 # Then times. They are those of one trainer, with other settings each time.
 
 @functools.cache
-def large_trainer(preset="imagenet128"):
+def large_trainer(preset):
     """A trainer as train.py would make it, but with random weights made on the card itself."""
     options = f"--data x --preset {preset}"
     if not CARD:
@@ -5144,31 +5149,30 @@ def peak_rate(dtype):
 
 @functools.cache
 def measured_step(preset, batch, fused=False, **settings):
-    """Print the time and the memory of a training step. -> its seconds; None: memory ran out"""
+    """Print the time and the memory of a training step. Returns its seconds."""
     trainer = large_trainer(preset)
     real_batches = change(trainer, batch, fused, **settings)
     report(f"{preset}, {trainer.args.batch} images", f"fused attention: {fused}, {settings}")
+    try:
+        trainer.train_step(real_batches)            # in which cuDNN tries what needs much memory
+    except torch.OutOfMemoryError:
+        pytest.skip("memory ran out")
     if CARD:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    try:
-        seconds = mean_seconds(lambda: trainer.train_step(real_batches), 10 if CARD else 1)
-    except (MemoryError, torch.OutOfMemoryError):
-        report("", "memory ran out")
-        return None
-    # What torch has taken from the card, before anything else takes more.
+    seconds = mean_seconds(lambda: trainer.train_step(real_batches), 10 if CARD else 1)
+    # What torch has taken from the card, and filled, before anything else takes more.
     reserved = torch.cuda.max_memory_reserved() / 1e9
+    allocated = torch.cuda.max_memory_allocated() / 1e9
     rate = trainer.args.batch * trainer.args.d_steps / seconds
     report("", f"{1000 * seconds:.0f} ms per step, {rate:.1f} real images per second")
-    report("", f"{reserved:.2f} GB of GPU memory reserved")
+    report("", f"{reserved:.2f} GB of GPU memory reserved, {allocated:.2f} GB allocated")
     return seconds
 
 
 def measure(preset, batch, fused=False):
     """Print also how many operations a step has, and how far it is from the card's best."""
     seconds = measured_step(preset, batch, fused)
-    if seconds is None:
-        return
     trainer = large_trainer(preset)
     real_batches = change(trainer, batch, fused)
     # A multiplication and an addition count as 2 operations, also where they are with a zero.
@@ -5190,50 +5194,27 @@ def gpu_speed_with_fused_attention():
     measure("imagenet128", 256, fused=True)
 
 
-def gpu_largest_kernels():
-    trainer = large_trainer()
-    real_batches = change(trainer, 256)
-    with torch.profiler.profile() as profile:
-        started = time_when_done(ON)
-        trainer.train_step(real_batches)
-        seconds = time_when_done(ON) - started
-    report("a step under the profiler", f"{seconds:.2f} s, of which the card is busy as below")
-    kernels = profile.key_averages()
-    column = "self_cuda_time_total" if CARD else "self_cpu_time_total"
-    table = kernels.table(sort_by=column, row_limit=25, max_name_column_width=60)
-    report("the largest kernels", table)
-
-
-@pytest.mark.parametrize("settings", [{"r1": 10.0}, {"sigma_ratio": 1.5}])
-def gpu_price_of_options(settings):
-    # R1's second derivative asks for convolutions with kernels as large as an image, which may be
-    # slow on a GPU.
-    plain = measured_step("imagenet128", 64)
-    seconds = measured_step("imagenet128", 64, **settings)
+def price(preset, batch, **settings):
+    """Print how many times as slow a step is with other settings."""
+    plain = measured_step(preset, batch, False)
+    seconds = measured_step(preset, batch, **settings)
     report(f"{settings}: times as slow as without", f"{seconds / plain:.2f}")
 
 
-def gpu_speed_beside_the_authors_code():
-    if not os.environ.get("PORT"):
-        return report("without PORT", "no comparison with the author's code")
-    trainer = large_trainer()
-    ours = measured_step("imagenet128", 64, d_steps=1)
-    images, labels = next(change(trainer, 64, d_steps=1))
-    with ON:
-        step = authors_step(trainer.args, trainer.config, ON)
-    theirs = mean_seconds(lambda: step(images, labels), 10 if CARD else 1)
-    rate = trainer.args.batch / theirs
-    report("the author's code: real images per second", f"{rate:.1f}")
-    report("ours, in bf16: times as many", f"{theirs / ours:.2f}")
+def gpu_price_of_smaller_sigmas():
+    price("imagenet128", 64, sigma_ratio=1.5)
 
 
 def gpu_speed_of_deep():
+    large_trainer.cache_clear()                     # make room
+    gc.collect()
     measure("imagenet128-deep", 128)
 
 
 @pytest.mark.parametrize("model", ["biggan-deep-128", "biggan-deep-256"])
 def gpu_speed_of_drawing(model):
     sample.pick_device()
+    torch.backends.cudnn.benchmark = False          # as sample.py has it; a Trainer has set it
     config = dataclasses.replace(MODELS[model], ch=128 if CARD else 8)
     with ON:
         G = Generator(config).eval().requires_grad_(False)
@@ -5244,6 +5225,55 @@ def gpu_speed_of_drawing(model):
         y = torch.arange(batch)
         seconds = median_seconds(lambda: sample.draw(G, z, y), 5, ON)
         report(f"{model}: images per second, {batch} at a time", f"{batch / seconds:.1f}")
+
+
+def in_its_own_process(call, seconds):
+    """Call a function of this file in another process, for so long at most, with its output."""
+    large_trainer.cache_clear()                     # make room
+    gc.collect()
+    if CARD:
+        torch.cuda.empty_cache()
+    code = f"import {__name__} as tests; tests.{call}"
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, timeout=seconds, check=True)
+
+
+def authors_code_beside_ours():
+    trainer = large_trainer("imagenet128")
+    ours = measured_step("imagenet128", 64, d_steps=1)
+    images, labels = next(change(trainer, 64, d_steps=1))
+    with ON:
+        step = authors_step(trainer.args, trainer.config, ON)
+    theirs = mean_seconds(lambda: step(images, labels), 10 if CARD else 1)
+    rate = trainer.args.batch / theirs
+    report("the author's code: real images per second", f"{rate:.1f}")
+    report("ours, in bf16: times as many", f"{theirs / ours:.2f}")
+
+
+def gpu_speed_beside_the_authors_code():
+    if not os.environ.get("PORT"):
+        return report("without PORT", "no comparison with the author's code")
+    in_its_own_process("authors_code_beside_ours()", 120)
+
+
+def gpu_price_of_r1():
+    # Its second derivative asks for convolutions with kernels as large as an image. What cuDNN has
+    # for them may be very slow.
+    in_its_own_process("price('imagenet128', 16, r1=10.0)", 90)
+
+
+def gpu_largest_kernels():
+    trainer = large_trainer("imagenet128")
+    real_batches = change(trainer, 256)
+    trainer.train_step(real_batches)
+    with torch.profiler.profile() as profile:
+        started = time_when_done(ON)
+        trainer.train_step(real_batches)
+        seconds = time_when_done(ON) - started
+    report("a step under the profiler", f"{seconds:.2f} s, of which the card is busy as below")
+    kernels = profile.key_averages()
+    column = "self_cuda_time_total" if CARD else "self_cpu_time_total"
+    table = kernels.table(sort_by=column, row_limit=25, max_name_column_width=60)
+    report("the largest kernels", table)
 
 
 def compiled_beside_plain():
@@ -5273,5 +5303,4 @@ def compiled_beside_plain():
 
 
 def gpu_compile_comes_last():
-    call = f"import {__name__} as tests; tests.compiled_beside_plain()"
-    subprocess.run([sys.executable, "-c", call], cwd=HERE, timeout=200, check=True)
+    in_its_own_process("compiled_beside_plain()", 400)
