@@ -125,7 +125,7 @@ def make_parser():
     add("--shared-dim", type=NATURAL, help="length of G's class embedding; 0: one in each layer")
     add("--steps", type=COUNT, default=150_000, help="updates of G")
     add("--batch", type=COUNT, default=2048, help="real images per update, and generated ones")
-    add("--micro-batch", type=COUNT, help="images at a time, if memory is short")
+    add("--micro-batch", type=COUNT, help="images at a time, over all processes")
     add("--d-steps", type=COUNT, default=2, help="updates of D per update of G")
     add("--g-lr", type=NON_NEGATIVE, default=5e-5, help="learning rate of G")
     add("--d-lr", type=NON_NEGATIVE, default=2e-4, help="learning rate of D")
@@ -150,7 +150,7 @@ def make_parser():
     add("--held-out", help="images not trained on, to see whether D knows --data by heart")
     add("--compile", action="store_true", help="fuse operations; the first step takes minutes")
     add("--fused-attention", action="store_true", help="less time and memory on a GPU")
-    add("--workers", type=in_range(int, 0, 257), help="that decode images; 8, on a CPU 0")
+    add("--workers", type=in_range(int, 0, 257), help="per process; 8, packed 2, on a CPU 0")
     add("--log-every", type=COUNT, default=50, help="steps between lines of log.jsonl")
     add("--eval-every", type=COUNT, default=1000, help="steps between sigmas, D's accuracy")
     add("--sample-every", type=COUNT, default=1000, help="steps between grids of samples")
@@ -596,7 +596,7 @@ def check_settings(args):
     goals = [goal for goal in (args.sigma_fixed, args.sigma_ratio) if goal is not None]
     require(
         len(goals) == 1 or not (goals or args.sigma_pull),
-        "give one of --sigma-fixed and --sigma-ratio",
+        "give either --sigma-fixed or --sigma-ratio, with or without --sigma-pull",
     )
     if args.r1 or args.loss == "wgan-gp":
         fused = args.fused_attention
@@ -1099,7 +1099,7 @@ def next_batches(real_batches, n):
             raise
         return [], (
             "a process that reads images was killed: there is too little memory, or shared memory "
-            "(docker run --shm-size 2g); or give fewer --workers"
+            "(docker run --shm-size 8g); or give fewer --workers"
         )
 
 
