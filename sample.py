@@ -934,8 +934,11 @@ def pick_device():
 
 def has_nvidia_gpu():
     """Is there one that the user has not hidden?"""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and bool(os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi"))
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    if os.path.exists("/dev/nvidia0"):
+        return True
+    return shutil.which("nvidia-smi") is not None
 
 
 def start_processes(patience=timedelta(days=1)):
