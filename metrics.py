@@ -402,7 +402,7 @@ def features_of(images, n, inception, what):
     products = zeros(2048, 2048)            # and of all f f^T
     for rows in rows_of_this_process(n, what):
         pairs = [(row, x) for row, x in zip(rows, images(rows)) if x is not None]
-        sizes += [[x.shape[:2]] for _, x in pairs]
+        sizes += [x.shape[:2] for _, x in pairs]
         pixels += [x[None] for row, x in pairs if row < N_PATCHED and len(x) <= 512]
         if inception and pairs:
             x = [for_inception(image, inception) for _, image in pairs]
@@ -415,7 +415,7 @@ def features_of(images, n, inception, what):
             first = [row < N_KEPT for row, _ in pairs]
             kept.append(f.cpu().numpy()[first])
             probs.append(p.cpu().numpy()[first])
-    sizes = np.concatenate(sum(values_of_all(sizes), []) or [[]])           # (n, 2)
+    sizes = sum(values_of_all(sizes), [])   # one list
     n = len(sizes)
     if n < 8:
         give_up(f"{n} {what} can be read; scores need at least 8")

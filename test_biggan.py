@@ -2589,6 +2589,12 @@ def test_a_collapsed_run_stops_or_warns(tmp_path, monkeypatch, capsys, warned):
 
 # -------------------------------------------------------------------------------- several processes
 
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        _, port = server.getsockname()
+    return port
+
+
 def normalise_a_half(rank, port, folder):
     """This process's half of the batch through a batch norm, and back; compiled as one graph."""
     torch.distributed.init_process_group(
@@ -2614,8 +2620,7 @@ def test_cross_replica_batch_norm_is_that_of_the_whole_batch(tmp_path):
     x.data[:4] += 5                         # so that the two halves have different moments
     upstream = torch.randn_like(x)
     torch.save([x.detach(), upstream], tmp_path / "batch.pt")
-    with socket.create_server(("localhost", 0)) as server:
-        _, port = server.getsockname()      # one that is free
+    port = free_port()
     torch.multiprocessing.spawn(normalise_a_half, (port, tmp_path), nprocs=2)
     first = torch.load(tmp_path / "0.pt")
     second = torch.load(tmp_path / "1.pt")
@@ -2668,8 +2673,7 @@ def on_two_processes(code):
     """Run code in two processes that have met, as two machines would. Returns what each prints.
 
     Their counts of restarts differ, and torch's own patience is short."""
-    with socket.create_server(("localhost", 0)) as server:
-        _, port = server.getsockname()
+    port = free_port()
     both = []
     for number in 0, 1:
         first = f"""
@@ -4586,11 +4590,15 @@ def median_seconds(work, rounds, device=CPU):
     return np.median(seconds[2:])                   # the first two rounds allocate memory
 
 
+def command_of(call):
+    """The command that calls a function of this file."""
+    return [sys.executable, "-c", f"import {__name__} as tests; tests.{call}"]
+
+
 def printed_by(call):
     """What a function of this file prints in a process of its own, as its users would run it."""
-    code = f"import {__name__} as tests; tests.{call}"
     process = subprocess.run(
-        [sys.executable, "-c", code],
+        command_of(call),
         cwd=HERE,
         capture_output=True,
         text=True,
@@ -4883,12 +4891,17 @@ def trained(device, *options, steps=1, state=None):
         t.load_state_dict(state)
     for _ in range(steps):
         t.train_step(same_images(t))
+    return t, gradients_of(t)
+
+
+def gradients_of(trainer):
+    """Those of the trainer's last step: name -> a copy on the CPU."""
     gradients = {}
     for network in "G", "D":
-        for name, p in getattr(t, network).named_parameters():
+        for name, p in getattr(trainer, network).named_parameters():
             if p.grad is not None:
-                gradients[f"{network}.{name}"] = p.grad.cpu()
-    return t, gradients
+                gradients[f"{network}.{name}"] = p.grad.cpu().clone()
+    return gradients
 
 
 def same_images(trainer):
@@ -5106,7 +5119,15 @@ def large_trainer(preset):
         return train.Trainer(args, train.model_config(args), ON)
 
 
-def change(trainer, batch, fused=False, **settings):
+def make_room():
+    """Let go of the trainers, so that the card's memory is free."""
+    large_trainer.cache_clear()
+    gc.collect()
+    if CARD:
+        torch.cuda.empty_cache()
+
+
+def change(trainer, batch, **settings):
     """Give a trainer another batch and other settings. Returns images without end."""
     if not CARD:
         batch = min(batch, 4)
@@ -5119,7 +5140,7 @@ def change(trainer, batch, fused=False, **settings):
     trainer.micro = batch
     for network in trainer.G, trainer.D:
         if hasattr(network, "attention"):
-            network.attention.fused = fused
+            network.attention.fused = trainer.args.fused_attention
     x, y = noise_for_real_images(batch, trainer.config, ON)
     x = x.to(memory_format=torch.channels_last)     # as `train.batches` gives them
     return itertools.repeat((x, y))
@@ -5148,11 +5169,11 @@ def peak_rate(dtype):
 
 
 @functools.cache
-def measured_step(preset, batch, fused=False, **settings):
+def measured_step(preset, batch, **settings):
     """Print the time and the memory of a training step. Returns its seconds."""
     trainer = large_trainer(preset)
-    real_batches = change(trainer, batch, fused, **settings)
-    report(f"{preset}, {trainer.args.batch} images", f"fused attention: {fused}, {settings}")
+    real_batches = change(trainer, batch, **settings)
+    report(f"{preset}, {trainer.args.batch} images", settings or "")
     try:
         trainer.train_step(real_batches)            # in which cuDNN tries what needs much memory
     except torch.OutOfMemoryError:
@@ -5170,11 +5191,11 @@ def measured_step(preset, batch, fused=False, **settings):
     return seconds
 
 
-def measure(preset, batch, fused=False):
+def measure(preset, batch, **settings):
     """Print also how many operations a step has, and how far it is from the card's best."""
-    seconds = measured_step(preset, batch, fused)
+    seconds = measured_step(preset, batch, **settings)
     trainer = large_trainer(preset)
-    real_batches = change(trainer, batch, fused)
+    real_batches = change(trainer, batch, **settings)
     # A multiplication and an addition count as 2 operations, also where they are with a zero.
     with FlopCounterMode(display=False) as counter:
         trainer.train_step(real_batches)
@@ -5191,12 +5212,12 @@ def gpu_speed_of_training(batch):
 
 
 def gpu_speed_with_fused_attention():
-    measure("imagenet128", 256, fused=True)
+    measure("imagenet128", 256, fused_attention=True)
 
 
 def price(preset, batch, **settings):
     """Print how many times as slow a step is with other settings."""
-    plain = measured_step(preset, batch, False)
+    plain = measured_step(preset, batch)
     seconds = measured_step(preset, batch, **settings)
     report(f"{settings}: times as slow as without", f"{seconds / plain:.2f}")
 
@@ -5206,8 +5227,7 @@ def gpu_price_of_smaller_sigmas():
 
 
 def gpu_speed_of_deep():
-    large_trainer.cache_clear()                     # make room
-    gc.collect()
+    make_room()
     measure("imagenet128-deep", 128)
 
 
@@ -5229,18 +5249,15 @@ def gpu_speed_of_drawing(model):
 
 def in_its_own_process(call, seconds):
     """Call a function of this file in another process, for so long at most, with its output."""
-    large_trainer.cache_clear()                     # make room
-    gc.collect()
-    if CARD:
-        torch.cuda.empty_cache()
-    code = f"import {__name__} as tests; tests.{call}"
-    subprocess.run([sys.executable, "-c", code], cwd=HERE, timeout=seconds, check=True)
+    make_room()
+    subprocess.run(command_of(call), cwd=HERE, timeout=seconds, check=True)
 
 
 def authors_code_beside_ours():
     trainer = large_trainer("imagenet128")
     ours = measured_step("imagenet128", 64, d_steps=1)
     images, labels = next(change(trainer, 64, d_steps=1))
+    images = images.contiguous()                    # the usual layout, as in `make port`
     with ON:
         step = authors_step(trainer.args, trainer.config, ON)
     theirs = mean_seconds(lambda: step(images, labels), 10 if CARD else 1)
@@ -5288,11 +5305,7 @@ def compiled_beside_plain():
         started = time_when_done(ON)
         trainer.train_step(real_batches)
         report(f"first step, {way}: seconds", f"{time_when_done(ON) - started:.1f}")
-        gradients.append({
-            f"{letter}.{name}": p.grad.clone()
-            for letter, network in (("G", trainer.G), ("D", trainer.D))
-            for name, p in network.named_parameters()
-        })
+        gradients.append(gradients_of(trainer))
         seconds = mean_seconds(lambda: trainer.train_step(real_batches), 10 if CARD else 1)
         report(f"a step, {way}: ms", f"{1000 * seconds:.0f}")
         for network in trainer.G, trainer.D:
