@@ -1,10 +1,11 @@
-# make look    draw 16 stars with the small model that comes along
+# make look    draw ten photographs of each of ten classes, with a small generator that comes along
 # make demo    train on drawn shapes and show what the generator draws (11 to 20 minutes on two CPU cores)
 # make test    the tests, on the CPU also where there is a GPU (4 to 5 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (1 minute)
 # make trial   thirty kills, a collapse and a full disk (3 minutes, as root)
 # make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (4 minutes)
 # make port PORT=DIR    training speed beside the author's code (ajbrock/BigGAN-PyTorch), checked out in DIR (5 minutes)
+# make photos  WEIGHTS=... judged on CIFAR-10 by a small classifier (10 minutes); PORT=DIR: then training beside the author's code (MINUTES=60)
 # make gpu     what runs on a GPU beside the same on the CPU, and how fast it is (5 minutes and --compile; ON=cpu: without a GPU, 3)
 # make help    this list
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
@@ -12,14 +13,14 @@
 PYTHON ?= python3
 
 look: .venv/ready
-	.venv/bin/python sample.py --weights shapes --class star --n 16
+	.venv/bin/python sample.py --weights cifar10 --class all --n 10
 
 demo: .venv/ready
 	.venv/bin/python train.py --preset shapes
 	.venv/bin/python metrics.py --weights runs/shapes --data shapes --inception none
 	.venv/bin/python sample.py --weights runs/shapes --class all --n 10 --out shapes.png
 
-test check trial: export CUDA_VISIBLE_DEVICES =
+test check trial photos: export CUDA_VISIBLE_DEVICES =
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q test_biggan.py
@@ -38,6 +39,9 @@ peers: .venv/ready
 port: .venv/ready
 	PORT="$(PORT)" .venv/bin/python -m pytest -q -s -o python_functions='beside_*' test_biggan.py
 
+photos: .venv/ready
+	WEIGHTS="$(WEIGHTS)" PORT="$(PORT)" MINUTES="$(MINUTES)" .venv/bin/python -m pytest -q -s -o python_functions='photos_*' test_biggan.py
+
 gpu: .venv/ready
 	@ON=$(ON) .venv/bin/python -c 'import os, torch, sys; os.environ["ON"] or torch.cuda.is_available() or sys.exit("error: torch finds no GPU; make gpu ON=cpu tries everything on the CPU")'
 	ON="$(ON)" PORT="$(PORT)" .venv/bin/python -m pytest -q -s -o python_functions='gpu_*' test_biggan.py
@@ -50,4 +54,4 @@ gpu: .venv/ready
 help:
 	@sed -n 's/^# //p' Makefile
 
-.PHONY: help look demo test check trial peers port gpu
+.PHONY: help look demo test check trial peers port photos gpu

@@ -1,7 +1,7 @@
 """Draw images with a trained generator.
 
     python sample.py --class 207 --trunc 0.5    with the newest run that has the class, or published
-    python sample.py --weights shapes --class star heart    the small model that comes along
+    python sample.py --weights cifar10 --class horse ship   a small model that comes along
     python sample.py --weights biggan-deep-256 --class "golden retriever"       a class by its name
     python sample.py --weights runs/cifar10 --sheet truncation --class ship
     torchrun --nproc_per_node=8 sample.py --npz 50000       an array for metrics.py, on eight GPUs
@@ -10,10 +10,10 @@ The picture has a row for each class. Its columns differ in their noise, which d
 alone: --seed for the first column, --seed + 1 for the second, and so on. (With --npz, each image
 has its own number.) So the same seed draws the same image, whatever else is drawn beside it.
 
---weights takes a run's folder, a checkpoint, a name (shapes, biggan-deep-128, biggan-deep-256,
-biggan-deep-512), or the path or URL of a file: BigGAN-deep as converted by Hugging Face, or
-G_ema.pth of the PyTorch code by the paper's author. Without it, the newest run in runs/ draws that
-has the classes asked for, or if none has, biggan-deep-256.
+--weights takes a run's folder, a checkpoint, a name (cifar10, shapes, biggan-deep-128,
+biggan-deep-256, biggan-deep-512), or the path or URL of a file: BigGAN-deep as converted by Hugging
+Face, or G_ema.pth of the PyTorch code by the paper's author. Without it, the newest run in runs/
+draws that has the classes asked for, or if none has, biggan-deep-256.
 
 --trunc T has two meanings. In the paper (section 3.1), and for weights trained here, every
 component of the noise z that lies outside [-T, T] is drawn again. For the published BigGAN-deep
@@ -415,6 +415,7 @@ PUBLISHED = {
     "biggan-deep-512": None,
 }
 BY_NAME = {name: DEEP_URL.format(name) for name in PUBLISHED}
+BY_NAME["cifar10"] = f"{HERE}/docs/cifar10.pt"         # these two come along
 BY_NAME["shapes"] = f"{HERE}/docs/shapes.pt"
 
 # What others call a tensor, as a pattern, and what it is called here. Applied from top to bottom.

@@ -3557,6 +3557,16 @@ def test_the_model_that_comes_along_draws_recognisable_shapes_in_an_empty_folder
     assert recognised(images, labels) > 0.9
 
 
+@pytest.mark.parametrize("weights", ["cifar10", "shapes"])
+def test_the_readmes_pictures_are_what_its_commands_draw(weights, tmp_path):
+    out = tmp_path / "drawn.png"
+    start("--weights", weights, "--class", "all", "--n", 10, "--out", out, module=sample)
+    drawn = np.array(Image.open(out)).astype(int)
+    shown = np.array(Image.open(HERE / f"docs/{weights}.png").convert("RGB")).astype(int)
+    assert drawn.shape == shown.shape == (340, 340, 3)
+    assert np.abs(drawn - shown).mean() < 1
+
+
 # ------------------------------------------------------------------------- scores of sets of images
 
 def plain_inception(x, state):
@@ -4740,10 +4750,11 @@ def peer_pytorch_fid_sees_the_same_features():
 # --------------------------------------------------------- beside the author's code, by `make port`
 # The environment variable PORT names the folder with the PyTorch code of the paper's author.
 
-def authors_step(args, config, device):
-    """A training step by the author's code: a function of images and labels.
+def authors_code(arguments, config, device):
+    """The author's networks for our config: his average of G, and a step that trains them.
 
-    Networks, batch and recipe are those of our settings. On a GPU it has its fastest settings."""
+    The step is a function of images and labels. arguments: options of his train.py. On a GPU his
+    code has its fastest settings."""
     for name in "torchvision", "torchvision.transforms", "datasets", "animal_hash":
         sys.modules[name] = unittest.mock.MagicMock()       # imported there, but not needed here
     sys.path.insert(0, os.environ["PORT"])
@@ -4754,25 +4765,41 @@ def authors_step(args, config, device):
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    arguments = f"""
-        --batch_size {args.batch} --num_D_steps {args.d_steps} --G_ortho {args.ortho}
-        --dim_z {config.z_dim} --G_ch {config.ch} --D_ch {config.ch}
-        --G_attn {config.g_attention} --D_attn {config.d_attention}
-        --shared_dim {config.shared_dim} --G_shared --hier --ema"""
+    arguments += f" --dim_z {config.z_dim} --G_ch {config.ch} --D_ch {config.ch} --ema"
     options = vars(utils.prepare_parser().parse_args(arguments.split()))
     options["resolution"] = config.resolution
     options["n_classes"] = config.n_classes
     G = BigGAN.Generator(**options).to(device)
     G_ema = BigGAN.Generator(**options).to(device)
     D = BigGAN.Discriminator(**options).to(device)
+
+    n = options["batch_size"]
+    z, y = utils.prepare_z_y(n, G.dim_z, config.n_classes, device=str(device))
+    ema = utils.ema(G, G_ema, options["ema_decay"], options["ema_start"])
+    state = {"itr": 0}
+    G_and_D = BigGAN.G_D(G, D)
+    update = train_fns.GAN_training_function(G, D, G_and_D, z, y, ema, state, options)
+
+    def step(images, labels):
+        state["itr"] += 1
+        update(images, labels)
+
+    return G, D, G_ema, step
+
+
+def authors_step(args, config, device):
+    """A training step by the author's code, with networks, batch and recipe of our settings."""
+    G, D, _, step = authors_code(
+        f"""--batch_size {args.batch} --num_D_steps {args.d_steps} --G_ortho {args.ortho}
+        --G_attn {config.g_attention} --D_attn {config.d_attention}
+        --shared_dim {config.shared_dim} --G_shared --hier
+        --ema_decay {args.ema} --ema_start {args.ema_start}""",
+        config,
+        device,
+    )
     assert parameters(G) == parameters(Generator(config))
     assert parameters(D) == parameters(Discriminator(config))
-
-    z, y = utils.prepare_z_y(args.batch, G.dim_z, config.n_classes, device=str(device))
-    ema = utils.ema(G, G_ema, args.ema, args.ema_start)
-    state = {"itr": 1}
-    G_and_D = BigGAN.G_D(G, D)
-    return train_fns.GAN_training_function(G, D, G_and_D, z, y, ema, state, options)
+    return step
 
 
 def noise_for_real_images(n, config, device):
@@ -4826,6 +4853,207 @@ def beside_the_authors_code_training_is_faster(arguments, steps, fp32, bf16):
     print(f"here {in_bf16:.1f} in bf16, {in_bf16 / port:.2f} times as many")
     assert in_fp32 / port >= fp32
     assert in_bf16 / port >= bf16
+
+
+# -------------------------------------------------------------------- photographs, by `make photos`
+# How good are images of CIFAR-10's classes? A small classifier judges them, which is trained on the
+# training images first and then recognises 83% of the test images. Its 128 features take the place
+# of Inception's in the Frechet and the kernel distance: these are no FID and KID of papers.
+# WEIGHTS names what is judged. With PORT, training beside the author's code follows.
+
+DRAWN = 10_000                                      # images of each generator that are judged
+CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+def cifar10(folder):
+    """Images (n, 32, 32, 3) uint8 and labels (n,) of data/cifar10 or data/cifar10-test."""
+    train.open_data("data/cifar10", 32)             # fetches both, if they are not there
+    data = train.open_data(f"data/{folder}", 32)
+    return np.array(data.images), data.labels
+
+
+def as_input(images):
+    """(n, R, R, 3) uint8 -> (n, 3, R, R) in [-1, 1]."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return (x / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+class Judge(nn.Module):
+    """x (N, 3, 32, 32) in [-1, 1] -> features (N, 128) and logits (N, 10)."""
+
+    def __init__(self):
+        super().__init__()
+        layers = []
+        in_channels = 3
+        for out_channels in 32, 64, 128:
+            for _ in range(2):
+                layers += [
+                    nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(out_channels),
+                    nn.ReLU(),
+                ]
+                in_channels = out_channels
+            layers.append(nn.MaxPool2d(2))
+        layers[-1] = nn.AdaptiveAvgPool2d(1)        # the mean over 8x8 pixels
+        self.features = nn.Sequential(*layers, nn.Flatten())
+        self.classes = nn.Linear(128, 10)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        features = self.features(x)
+        return features, self.classes(features)
+
+
+def trained_judge(path=HERE / "runs/judge.pt"):
+    """The classifier, trained for six epochs once."""
+    judge = Judge()
+    if path.exists():
+        judge.load_state_dict(torch.load(path, weights_only=True))
+        return judge.eval()
+    path.parent.mkdir(exist_ok=True)
+    images, labels = cifar10("cifar10")
+    labels = torch.as_tensor(labels)
+    fast = train.fast_precision(CPU) == "bf16"
+    batches = [rows for _ in range(6) for rows in torch.randperm(len(images)).split(128)]
+    adam = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
+    rates = torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=4e-3, total_steps=len(batches))
+    for rows in batches:
+        x = as_input(images[rows])
+        x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
+        down, right = np.random.default_rng(int(rows[0])).integers(5, size=2)
+        x = F.pad(x, (2, 2, 2, 2))[:, :, down:down + 32, right:right + 32]
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            _, logits = judge(x)
+        loss = F.cross_entropy(logits.float(), labels[rows])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        rates.step()
+    torch.save(judge.state_dict(), path)
+    return judge.eval()
+
+
+@torch.no_grad()
+def judged(images):
+    """What the classifier makes of images: features (n, 128) and classes (n,)."""
+    judge = trained_judge()
+    parts = [judge(as_input(images[i:i + 250])) for i in range(0, len(images), 250)]
+    features = torch.cat([part[0] for part in parts])
+    logits = torch.cat([part[1] for part in parts])
+    return features.double().numpy(), logits.argmax(1).numpy()
+
+
+@functools.cache
+def features_of_test_images():
+    images, _ = cifar10("cifar10-test")
+    features, _ = judged(images)
+    return features
+
+
+def print_scores(name, images, labels):
+    """A row of the table: distances to the test images, and what part is recognised."""
+    features, classes = judged(images)
+    moments = []
+    for a in features, features_of_test_images():
+        moments += [a.mean(0), np.cov(a, rowvar=False)]
+    frechet = metrics.frechet_distance(*moments)
+    kernel, _ = metrics.kernel_distance(features, features_of_test_images())
+    right = classes == labels
+    row = f"{name:30} {frechet:6.3f} {1000 * kernel:6.2f} {right.mean():6.1%}"
+    of_class = [f"{right[labels == k].mean():4.0%}" for k in range(10)]
+    print(row, *of_class, flush=True)
+    return frechet, right.mean()
+
+
+def print_header():
+    names = " ".join(name[:4] for name in CIFAR_CLASSES)
+    print(f"\n{'':30} {'FD':>6} {'KID':>6} {'all':>6} {names}")
+
+
+def photos_of_weights():
+    """Scores of test images, training images and samples."""
+    print_header()
+    print_scores("test images", *cifar10("cifar10-test"))
+    images, labels = cifar10("cifar10")
+    print_scores("training images", images[::5], labels[::5])
+    for weights in (os.environ.get("WEIGHTS") or "cifar10").split():
+        labels = np.arange(DRAWN) % 10
+        G = sample.load_generator(weights)
+        images = sample.draw_seeds(G, labels, range(DRAWN), G.noise)
+        frechet, recognised = print_scores(weights, images, labels)
+        if weights == "cifar10":
+            assert frechet < 1
+            assert recognised > 0.7
+
+
+# The author's options for CIFAR-10, in scripts/launch_cifar_ema.sh, for the networks biggan32.
+AUTHORS_RECIPE = """--batch_size 50 --num_D_steps 4 --G_lr 2e-4 --D_lr 2e-4 --G_attn 0 --D_attn 0
+    --G_init N02 --D_init N02 --ema_start 1000"""
+
+
+def on_one_core(core):
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {core})
+
+
+def train_and_draw_ours(minutes, folder):
+    """Train by our recipe on the first core, then draw."""
+    on_one_core(0)
+    threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    train.main(["--preset", "cifar10-small", "--out", folder])
+    G = sample.load_generator(folder)
+    labels = np.arange(DRAWN) % 10
+    images = sample.draw_seeds(G, labels, range(DRAWN), G.noise)
+    np.savez(f"{folder}/samples.npz", images, labels)
+
+
+def train_and_draw_theirs(minutes, folder):
+    """The same by the author's code and recipe, on the second core."""
+    on_one_core(1)
+    end = time.monotonic() + 60 * minutes
+    _, _, G, step = authors_code(AUTHORS_RECIPE, MODELS["biggan32"], CPU)
+    images, labels = cifar10("cifar10")
+    labels = torch.as_tensor(labels)
+    steps = 0
+    while time.monotonic() < end:
+        rows = torch.randint(len(images), (4 * 50,))
+        step(as_input(images[rows]), labels[rows])
+        steps += 1
+    print(f"the author's code: {steps} steps")
+    # As in his sample.py, batch norm takes the moments of each batch that is drawn.
+    labels = torch.arange(DRAWN) % 10
+    drawn = []
+    with torch.no_grad():
+        for y in labels.split(250):
+            x = G(torch.randn(250, G.dim_z), G.shared(y))
+            pixels = ((x + 1) * 127.5).round().byte()
+            drawn.append(pixels.permute(0, 2, 3, 1).numpy())
+    np.savez(f"{folder}/samples.npz", np.concatenate(drawn), labels)
+
+
+def photos_beside_the_authors_code():
+    """His code and ours, each with its recipe for CIFAR-10, a core each, MINUTES each (60)."""
+    if not os.environ.get("PORT"):
+        return print("without PORT, no comparison with the author's code")
+    minutes = float(os.environ.get("MINUTES") or 60)
+    folders = {}
+    running = []
+    for whose in "ours", "theirs":
+        folders[whose] = tempfile.mkdtemp(prefix=f"{whose}-", dir=HERE / "runs")
+        command = command_of(f"train_and_draw_{whose}({minutes}, {folders[whose]!r})")
+        running.append(subprocess.Popen(command, cwd=HERE))
+    for process in running:
+        assert process.wait() == 0
+    print_header()
+    frechet = {}
+    for whose, folder in folders.items():
+        stored = np.load(f"{folder}/samples.npz")
+        frechet[whose], _ = print_scores(whose, stored["arr_0"], stored["arr_1"])
+        grid = stored["arr_0"][:100].reshape(10, 10, 32, 32, 3)
+        grid = grid.swapaxes(0, 1).reshape(100, 32, 32, 3)          # a row for each class
+        sample.image_grid(grid, 10).save(f"{folder}/samples.png")
+        print(f"{folder}/samples.png")
+    assert frechet["ours"] <= 0.3 * frechet["theirs"]
 
 
 # -------------------------------------------------------------------------- on a GPU, by `make gpu`
