@@ -4862,7 +4862,6 @@ def beside_the_authors_code_training_is_faster(arguments, steps, fp32, bf16):
 # WEIGHTS names what is judged. With PORT, training beside the author's code follows.
 
 DRAWN = 10_000                                      # images of each generator that are judged
-CIFAR_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
 
 def cifar10(folder):
@@ -4874,8 +4873,7 @@ def cifar10(folder):
 
 def as_input(images):
     """(n, R, R, 3) uint8 -> (n, 3, R, R) in [-1, 1]."""
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return (x / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    return train.to_network(torch.from_numpy(images), CPU)
 
 
 class Judge(nn.Module):
@@ -4904,6 +4902,7 @@ class Judge(nn.Module):
         return features, self.classes(features)
 
 
+@functools.cache
 def trained_judge(path=HERE / "runs/judge.pt"):
     """The classifier, trained for six epochs once."""
     judge = Judge()
@@ -4966,8 +4965,16 @@ def print_scores(name, images, labels):
 
 
 def print_header():
-    names = " ".join(name[:4] for name in CIFAR_CLASSES)
+    classes = train.open_data("data/cifar10", 32).classes
+    names = " ".join(name[:4] for name in classes)
     print(f"\n{'':30} {'FD':>6} {'KID':>6} {'all':>6} {names}")
+
+
+def drawn_with(weights):
+    """Images to be judged, the classes in turn, and their labels."""
+    labels = np.arange(DRAWN) % 10
+    G = sample.load_generator(weights)
+    return sample.draw_seeds(G, labels, range(DRAWN), G.noise), labels
 
 
 def photos_of_weights():
@@ -4977,10 +4984,7 @@ def photos_of_weights():
     images, labels = cifar10("cifar10")
     print_scores("training images", images[::5], labels[::5])
     for weights in (os.environ.get("WEIGHTS") or "cifar10").split():
-        labels = np.arange(DRAWN) % 10
-        G = sample.load_generator(weights)
-        images = sample.draw_seeds(G, labels, range(DRAWN), G.noise)
-        frechet, recognised = print_scores(weights, images, labels)
+        frechet, recognised = print_scores(weights, *drawn_with(weights))
         if weights == "cifar10":
             assert frechet < 1
             assert recognised > 0.7
@@ -5001,10 +5005,7 @@ def train_and_draw_ours(minutes, folder):
     on_one_core(0)
     threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM)).start()
     train.main(["--preset", "cifar10-small", "--out", folder])
-    G = sample.load_generator(folder)
-    labels = np.arange(DRAWN) % 10
-    images = sample.draw_seeds(G, labels, range(DRAWN), G.noise)
-    np.savez(f"{folder}/samples.npz", images, labels)
+    np.savez(f"{folder}/samples.npz", *drawn_with(folder))
 
 
 def train_and_draw_theirs(minutes, folder):
