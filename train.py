@@ -178,7 +178,7 @@ PRESETS = {                             # what differs from the defaults above
     # For two CPU cores and a night: found by trying, see docs/notes.md.
     "cifar10-small": dict(
         **CIFAR10, model="shapes32", ch=48, steps=60_000, batch=32,
-        g_lr=2e-4, d_lr=4e-4, ema=0.9998, ema_start=2000,
+        g_lr=2e-4, d_lr=4e-4, ema=0.999, ema_start=1000,
     ),
     "imagenet64": dict(model="biggan64"),
     "imagenet128": dict(),
