@@ -4993,8 +4993,8 @@ def photos_of_weights():
             assert recognised > 0.7
 
 
-# The author's options for CIFAR-10, in scripts/launch_cifar_ema.sh, and his networks for it, narrower.
-# (At their full width, ch = 64, they are for a GPU: an hour on a core was 82 steps.)
+# The author's options for CIFAR-10, in scripts/launch_cifar_ema.sh, and his networks for it, made
+# narrower. (At full width, ch = 64, they are for a GPU: an hour on a core was 82 steps.)
 AUTHORS_NETWORKS = small("biggan32", ch=16, n_classes=10)
 AUTHORS_RECIPE = """--batch_size 50 --num_D_steps 4 --G_lr 2e-4 --D_lr 2e-4 --G_attn 0 --D_attn 0
     --G_init N02 --D_init N02 --ema_start 1000"""
