@@ -2613,7 +2613,7 @@ def normalise_a_half(rank, port, folder):
         "running_var": bn.running_var,
     }
     torch.save(results, folder / f"{rank}.pt")
-    # As sample.leave does: Python's own way out now and then aborts beside the threads of gloo.
+    # As in sample.run: Python's own way out now and then aborts beside the threads of gloo.
     torch.distributed.barrier()
     os._exit(0)
 
@@ -4754,7 +4754,7 @@ def peer_pytorch_fid_sees_the_same_features():
 # The environment variable PORT names the folder with the PyTorch code of the paper's author.
 
 def authors_code(arguments, config, device):
-    """The author's networks for our config: his average of G, and a step that trains them.
+    """The author's G, D and EMA of G for our config, and a step that trains them.
 
     The step is a function of images and labels. arguments: options of his train.py. On a GPU his
     code has its fastest settings."""
@@ -5017,7 +5017,7 @@ def train_and_draw_theirs(minutes, folder):
     """The same by the author's code and recipe, on the second core."""
     on_one_core(1)
     end = time.monotonic() + 60 * minutes
-    _, _, G, step = authors_code(AUTHORS_RECIPE, AUTHORS_NETWORKS, CPU)
+    _, _, G_ema, step = authors_code(AUTHORS_RECIPE, AUTHORS_NETWORKS, CPU)
     images, labels = cifar10("cifar10")
     labels = torch.as_tensor(labels)
     steps = 0
@@ -5031,7 +5031,7 @@ def train_and_draw_theirs(minutes, folder):
     drawn = []
     with torch.no_grad():
         for y in labels.split(250):
-            x = G(torch.randn(250, G.dim_z), G.shared(y))
+            x = G_ema(torch.randn(250, G_ema.dim_z), G_ema.shared(y))
             pixels = ((x + 1) * 127.5).round().byte()
             drawn.append(pixels.permute(0, 2, 3, 1).numpy())
     np.savez(f"{folder}/samples.npz", np.concatenate(drawn), labels)
