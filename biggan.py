@@ -2,14 +2,14 @@
 
 A generator G turns noise z and a class y into an image. A discriminator D looks at an image x and
 a class y and returns one number, the logit D(x, y): large if it takes x for a real image of that
-class. They take turns:
+class. (It stays a score, and is never turned into a probability.) They take turns:
 
     D minimises  E max(0, 1 - D(x, y)) + E max(0, 1 + D(G(z, y), y))
     G minimises  - E D(G(z, y), y)
 
 E is the mean over a batch. Real images x come from the data, with their classes. For generated
 ones z is drawn from a normal distribution and y uniformly from all classes. In G's turn the
-gradient flows back through D into G, but D's weights do not move.
+gradient flows back through D into G, but D's weights do not move. So G never sees a real image.
 
 D is content with a real image once its logit is above 1, and with a generated one once its logit
 is below -1. So D learns to tell the two apart, and G to make images that D takes for real.
@@ -22,16 +22,19 @@ rate of 2e-4 for D and 5e-5 for G:
     150,000 times:
         twice:  take 2048 real images, generate 2048;   one step on D's loss
         once:   generate 2048 images;                   one step on G's loss + 1e-4 * penalty
-                average <- 0.9999 * average + 0.0001 * G's weights
+                average <- 0.9999 * average + 0.0001 * G's weights      (from step 20,000 on)
 
-Adam's momentum beta1 is 0: the opponent changes at every step, and old gradients belong to an
-opponent that is no longer there. The penalty is the orthogonal one below. The average is an
-exponential moving average (EMA) of G's weights. Samples are drawn with it; it is never trained.
+These numbers were found by trying. The large batch matters most: 2048 images instead of 256 raised
+the inception score by 46% (section 3). The authors suppose that a batch of a thousand classes must
+be large to show each of them. Adam's momentum beta1 is 0: the opponent changes at every step, and
+old gradients belong to an opponent that is no longer there. The penalty is the orthogonal one
+below. The average is an exponential moving average (EMA) of G's weights. Samples are drawn with it;
+it is never trained.
 
 Paper: Brock, Donahue, Simonyan, "Large Scale GAN Training for High Fidelity Natural Image
 Synthesis", ICLR 2019, arXiv:1809.11096. "Section 3.1", "table 4" and so on refer to it.
 
-How to read this file. Part 1, some 750 lines, is the recipe: spectral norm, batch norm and
+How to read this file. Part 1, some 770 lines, is the recipe: spectral norm, batch norm and
 attention, the networks built from them, the loss and the penalty, and what makes good samples.
 Part 1 of all scripts (train.py 500, sample.py 270, metrics.py 280 lines) is an evening's reading.
 Part 2 is what BigGAN at 128 pixels does not need: deeper blocks, other losses, penalties on D,
@@ -63,8 +66,9 @@ from torch import nn
 # singular value sigma of a weight matrix W is the most by which W can stretch a vector:
 #     sigma = max |W v|  over all v of length 1
 # A layer that computes with W / sigma makes no vector longer, so a small change of the image can
-# make only a small change of the logit. (Only roughly: a 3x3 convolution reads each pixel nine
-# times, so it may stretch an image by sqrt(9) = 3, and a residual block adds two paths.)
+# make only a small change of the logit. (Only roughly: in a 3x3 convolution each pixel is part of
+# nine patches, so an image may become sqrt(9) = 3 times as long, and a residual block adds two
+# paths. But that bound does not grow, however long D trains.)
 #
 # G has spectral norm as well. The evidence for that is practical: SAGAN, the model that BigGAN grew
 # out of (Zhang et al. 2019), trained more steadily with it. However large G's weights become, what
@@ -82,8 +86,10 @@ def power_iteration(W, u, steps=1, eps=1e-12):
     """The largest singular value of W (rows, columns), estimated from u (rows,).
 
     Returns sigma, a scalar through which gradients reach W, and two vectors of length 1: u (rows,)
-    and v (columns,). No gradient passes through u and v. So d sigma / d W is the matrix u v^T, the
-    exact derivative once they have converged. Miyato et al. 2018 (SN-GAN), algorithm 1."""
+    and v (columns,). (W / sigma stays the same when W gets longer. Only with the gradient through
+    sigma does training know that.) No gradient passes through u and v. So d sigma / d W is the
+    matrix u v^T, the exact derivative once they have converged. Miyato et al. 2018 (SN-GAN),
+    algorithm 1."""
     with torch.no_grad():
         for _ in range(steps):
             v = F.normalize(W.T @ u, dim=0, eps=eps)
@@ -650,7 +656,7 @@ def hinge_loss_d(real_logits, fake_logits):
 
 
 def hinge_loss_g(fake_logits):
-    """(N,) -> scalar. With max(0, 1 - D), G would learn nothing from images with logits above 1."""
+    """(N,) -> scalar. It has no hinge: G can gain from every image, also from logits above 1."""
     return -fake_logits.mean()
 
 
@@ -659,14 +665,17 @@ def hinge_loss_g(fake_logits):
 # if they are orthogonal, large if they compute nearly the same. The penalty is the sum of squares
 # of all products of two different filters:
 #     || W W^T * (1 - I) ||^2
-# where 1 - I removes the diagonal, the filters' own squared lengths, which may be anything.
+# where 1 - I removes the diagonal, the filters' own squared lengths. (An older penalty wants these
+# to be 1. The paper found that too strict.) If there are more filters than inputs, not all can be
+# orthogonal, and the penalty keeps them as far from each other's direction as it can.
 #
-# What is it for? Samples improve when z is drawn closer to 0 than in training (truncation, below).
-# But a z of 120 normal numbers is practically never close to 0: its length is about sqrt(120). So G
-# has not been trained there, and many a G draws poor images. It helps if each layer stretches all
-# directions about equally, for which its filters must be orthogonal: then G changes gradually on
-# the way to z = 0, and what it has learned carries over. In the paper (section 3.1), with a weight
-# of 1e-4, 60% of the models could draw well from truncated noise; without the penalty, 16%.
+# What is it for? The paper found that samples improve when z is drawn closer to 0 than in training
+# (truncation, below). Each number in z is often near 0, but hardly ever are all 120 of them at
+# once: the length of z is about sqrt(120). So G has not been trained near 0, and many a G draws
+# poor images there. It helps if each layer stretches all directions about equally, which orthogonal
+# filters of similar length do: then G changes gradually on the way to z = 0, and what it has
+# learned carries over. In the paper (section 3.1), with a weight of 1e-4, 60% of the models could
+# draw well from truncated noise; without the penalty, 16%.
 
 def orthogonal_penalty(W, off_diagonal=True):
     """|| W W^T * (1 - I) ||^2 of W (out, ...) -> scalar. (In the paper, filters are columns.)
@@ -718,8 +727,9 @@ class EMA:
     """A copy of G whose weights are an exponential moving average of G's (section 3, appendix C).
 
     G and D chase each other, so G circles around the equilibrium. The average of a circle is near
-    its centre. The copy is used for drawing only and never trained. Until step `start` it equals G,
-    so that nothing of the first, random weights remains in it."""
+    its centre. (To average weights works as long as they are close to each other: then G depends on
+    them almost linearly.) The copy is used for drawing only and never trained. Until step `start`
+    it equals G, which at first improves so fast that an average would only lag behind."""
 
     def __init__(self, model, decay=0.9999, start=0):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -740,10 +750,11 @@ class EMA:
 def standing_statistics(G, batches=16, batch_size=64, noise=truncated_normal):
     """Replace batch norm's running averages by the mean over batches of samples (appendix C).
 
-    Running averages lag behind the weights, and belong to untruncated noise. Truncated noise has
-    other moments, and images normalised by the wrong ones look washed out. So the noise must be
-    that of the images to be drawn: noise(shape, generator=...). Classes are drawn uniformly.
-    Several processes share the work, so all must call this. Leaves G in evaluation mode."""
+    Running averages were taken in training: by other weights than those of an EMA, and of
+    untruncated noise. Truncated noise has other moments, and images normalised by the wrong ones
+    look washed out. So the noise must be that of the images to be drawn: noise(shape,
+    generator=...). Classes are drawn uniformly. Several processes share the work, so all must call
+    this. Leaves G in evaluation mode."""
     device = next(G.parameters()).device
     generator = torch.Generator().manual_seed(0)
     own = rows_of_standing_batch(batch_size)        # all rows, unless several processes share them

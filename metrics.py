@@ -56,11 +56,11 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     With Inception's features this is the FID (Heusel et al. 2017): fit a normal distribution to the
     features of each set of images, and compare. Lower is better.
 
-    With C1 = A A^T and C2 = B B^T, the trace of the root is the sum of the singular values of
-    M = A^T B. Why? It is the sum of the roots of the eigenvalues of C1 C2. XY and YX have the same
-    eigenvalues, other than 0. With X = A and Y = A^T B B^T, those of C1 C2 = XY are those of
-    YX = M M^T: the squares of the singular values of M. (A root of the matrix itself, which other
-    codes take, may come out complex or fail.)"""
+    The trace of the root is the sum of the roots of the eigenvalues of C1 C2. To find these, write
+    C1 = A A^T and C2 = B B^T, and use that XY and YX have the same eigenvalues, other than 0. With
+    X = A and Y = A^T B B^T, XY is C1 C2, and YX is M M^T for M = A^T B. So the roots of the
+    eigenvalues are the singular values of M. (A root of the matrix itself, which other codes take,
+    may come out complex or fail.)"""
     A = factor(np.asarray(cov1, np.float64))
     B = factor(np.asarray(cov2, np.float64))
     trace_of_root = np.linalg.svd(A.T @ B, compute_uv=False).sum()
@@ -101,7 +101,8 @@ def kernel_distance(a, b, subsets=100, size=1000):
     `kernel` is large for points that are alike. Its mean within a, plus that within b, minus twice
     that between a and b is the squared maximum mean discrepancy, and with Inception's features the
     KID (Binkowski et al. 2018). If both sets come from one distribution, pairs across them are as
-    alike as pairs within them, and it is 0 on average: unlike the FID, it has no bias.
+    alike as pairs within them, and it is 0 on average, for any number of images. (The FID of few
+    images is too high, since their covariance is not yet that of all.)
     -> mean and standard deviation over random subsets"""
     a = torch.as_tensor(a, dtype=torch.float64)
     b = torch.as_tensor(b, dtype=torch.float64)

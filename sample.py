@@ -77,7 +77,7 @@ class LoadedGenerator(Generator):
 
     def __init__(self, weights):            # weights: a Weights, see part 2
         config = weights.config
-        if weights.scaled_noise:            # BigGAN-deep's, which are divided by sigma already
+        if weights.scaled_noise:            # published BigGAN-deep, divided by sigma already
             config = dataclasses.replace(config, g_sn_eps=None)
         with torch.device("meta"):          # shapes without memory: no random weights are drawn
             super().__init__(config)

@@ -232,14 +232,16 @@ def parse_settings(arguments):
 
 # -------------------------------------------------------------------------------- the training step
 # D learns d_steps times, then G once. In D's turn, too, G draws in training mode: its batch norm
-# sees the batch, and its u and running averages move. A batch that is too large for the memory is
-# taken in micro-batches, whose gradients add up. (Batch norm then sees one micro-batch.)
+# sees the batch. (Its u and running averages move, which does no harm.) A batch that is too large
+# for the memory is taken in micro-batches, whose gradients add up. (Batch norm then sees one
+# micro-batch.)
 #
 # With several processes, each takes its part of every micro-batch. In the backward pass of the last
 # micro-batch, DistributedDataParallel (DDP) replaces whatever stands in p.grad by its mean over the
 # processes. This mean is right
-# - for the losses: the batch's loss is the mean of the processes' losses. (Batch norm makes them
-#   depend on each other's images. `Moments` in biggan.py says why the mean is right all the same.)
+# - for the losses: the batch's loss is the mean of the processes' losses. (By batch norm each loss
+#   depends on the images of all processes. In its backward pass each process receives what its own
+#   images have done to the losses of the others: `Moments` in part 3 of biggan.py.)
 # - for penalties on D's gradient, which add to the same p.grad in the same backward pass;
 # - for penalties on G's weights: all processes add the same, and the mean of equals is the same.
 # The wrapped networks, parallel_G and parallel_D, are called where their own weights learn.
@@ -449,8 +451,10 @@ def in_parallel(network):
 # ----------------------------------------------------------------------------------------- the loop
 # A run ends when its steps are done, when a signal asks for it, or when G has collapsed: its images
 # have suddenly become poor or all alike, and training does not recover from that. So at every line
-# of the log, two signs are measured: `diversity`, how much images of a class differ, and sigma_0,
-# the largest singular value of G's first layer (section 4). Part 2 has the details.
+# of the log, three signs are looked at: `diversity`, how much images of a class differ; D's loss,
+# which is 0 once D is never wrong; and sigma_0, the largest singular value of G's first layer.
+# (Spectral norm divides by it, so that it does no harm by itself. But in section 4 it grows before
+# a collapse: a symptom.) Part 2 has the details.
 
 def train(trainer, data, held_out, args):
     """Train until all steps are done, a signal asks to stop, or G collapses."""
