@@ -22,14 +22,14 @@ rate of 2e-4 for D and 5e-5 for G:
     150,000 times:
         twice:  take 2048 real images, generate 2048;   one step on D's loss
         once:   generate 2048 images;                   one step on G's loss + 1e-4 * penalty
-                average <- 0.9999 * average + 0.0001 * G's weights      (from step 20,000 on)
+                average <- 0.9999 * average + 0.0001 * G's weights
 
 These numbers were found by trying. The large batch matters most: 2048 images instead of 256 raised
-the inception score by 46% (section 3). The authors suppose that a batch of a thousand classes must
-be large to show each of them. Adam's momentum beta1 is 0: the opponent changes at every step, and
-old gradients belong to an opponent that is no longer there. The penalty is the orthogonal one
-below. The average is an exponential moving average (EMA) of G's weights. Samples are drawn with it;
-it is never trained.
+the inception score by 46% (section 3). The authors suppose that each batch then shows more of the
+data's variety. Adam's momentum beta1 is 0: the opponent changes at every step, and old gradients
+belong to an opponent that is no longer there. The penalty is the orthogonal one below. The average
+is an exponential moving average (EMA) of G's weights, begun at step 20,000 as in the author's code.
+Samples are drawn with it; it is never trained.
 
 Paper: Brock, Donahue, Simonyan, "Large Scale GAN Training for High Fidelity Natural Image
 Synthesis", ICLR 2019, arXiv:1809.11096. "Section 3.1", "table 4" and so on refer to it.
@@ -666,8 +666,8 @@ def hinge_loss_g(fake_logits):
 # of all products of two different filters:
 #     || W W^T * (1 - I) ||^2
 # where 1 - I removes the diagonal, the filters' own squared lengths. (An older penalty wants these
-# to be 1. The paper found that too strict.) If there are more filters than inputs, not all can be
-# orthogonal, and the penalty keeps them as far from each other's direction as it can.
+# to be 1. The paper calls that too limiting.) If there are more filters than inputs, not all can be
+# orthogonal. Then, at given lengths, the penalty is least if they are spread evenly.
 #
 # What is it for? The paper found that samples improve when z is drawn closer to 0 than in training
 # (truncation, below). Each number in z is often near 0, but hardly ever are all 120 of them at
