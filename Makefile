@@ -13,7 +13,7 @@
 PYTHON ?= python3
 
 look: .venv/ready
-	.venv/bin/python sample.py --weights cifar10 --class all --n 10
+	.venv/bin/python sample.py --weights cifar10 --class all --n 10 --trunc 0.7
 
 demo: .venv/ready
 	.venv/bin/python train.py --preset shapes

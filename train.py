@@ -1,7 +1,7 @@
 """Train BigGAN on a folder of images, or on shapes that are drawn on the fly.
 
     python train.py --preset shapes                 ten drawn shapes, minutes on two CPU cores
-    python train.py --preset cifar10-small          CIFAR-10, a night on two CPU cores
+    python train.py --preset cifar10-small          CIFAR-10, seven hours on two CPU cores
     python train.py --preset cifar10 --data mine --out runs/mine    images, a sub-folder per class
     torchrun --nproc_per_node=8 train.py --data imagenet/train      the paper's run, on eight GPUs
     python train.py --data imagenet/train --pack imagenet128    decode once, for --data imagenet128
@@ -175,9 +175,9 @@ PRESETS = {                             # what differs from the defaults above
     "cifar10": dict(
         **CIFAR10, model="biggan32", steps=100_000, batch=64, d_steps=4, g_lr=2e-4, ema_start=1000,
     ),
-    # For two CPU cores and a night: found by trying, see docs/notes.md.
+    # For two CPU cores, seven hours: found by trying, see docs/notes.md.
     "cifar10-small": dict(
-        **CIFAR10, model="shapes32", ch=48, steps=60_000, batch=32,
+        **CIFAR10, model="shapes32", ch=48, steps=50_000, batch=32,
         g_lr=2e-4, d_lr=4e-4, ema=0.999, ema_start=1000,
     ),
     "imagenet64": dict(model="biggan64"),
