@@ -3560,15 +3560,20 @@ def test_the_model_that_comes_along_draws_recognisable_shapes_in_an_empty_folder
     assert recognised(images, labels) > 0.9
 
 
-@pytest.mark.parametrize("picture", ["cifar10", "shapes", "truncation", "interpolation"])
-def test_the_readmes_pictures_are_what_its_commands_draw(picture, tmp_path):
+@pytest.mark.parametrize("picture, rows, columns", [
+    ("cifar10", 10, 10),
+    ("shapes", 10, 10),
+    ("truncation", 5, 8),
+    ("interpolation", 3, 8),
+])
+def test_the_readmes_pictures_are_what_its_commands_draw(picture, rows, columns, tmp_path):
     readme = (HERE / "README.md").read_text()
     [options] = re.findall(f"python sample.py (.*) --out docs/{picture}.png", readme)
     out = tmp_path / "drawn.png"
     start(*options.split(), "--out", out, module=sample)
     drawn = np.array(Image.open(out)).astype(int)
     shown = np.array(Image.open(HERE / f"docs/{picture}.png").convert("RGB")).astype(int)
-    assert drawn.shape == shown.shape
+    assert drawn.shape == shown.shape == (34 * rows, 34 * columns, 3)
     assert np.abs(drawn - shown).mean() < 1
 
 
