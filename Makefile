@@ -1,11 +1,11 @@
 # make look    draw ten photographs of each of ten classes, with a small generator that comes along
 # make demo    train on drawn shapes and show what the generator draws (11 to 20 minutes on two CPU cores)
-# make test    the tests, on the CPU also where there is a GPU (4 to 5 minutes)
+# make test    the tests, on the CPU also where there is a GPU (3 to 4 minutes)
 # make check   the demo's samples judged by a classifier, after make demo (1 minute)
 # make trial   thirty kills, a collapse and a full disk (3 minutes, as root)
 # make peers   images, scores and speed beside the PyPI packages pytorch-pretrained-biggan and pytorch-fid, which it installs (4 minutes)
 # make port PORT=DIR    training speed beside the author's code (ajbrock/BigGAN-PyTorch), checked out in DIR (5 minutes)
-# make photos  WEIGHTS=... judged on CIFAR-10 by a small classifier (10 minutes); PORT=DIR: then training beside the author's code (MINUTES=60)
+# make photos  WEIGHTS=... judged on CIFAR-10 by a small classifier (10 minutes), at truncation TRUNC; PORT=DIR: then training beside the author's code (MINUTES=60)
 # make gpu     what runs on a GPU beside the same on the CPU, and how fast it is (5 minutes and --compile; ON=cpu: without a GPU, 3)
 # make help    this list
 # Each makes its own virtual environment in .venv and installs the pinned packages first, once.
@@ -23,7 +23,7 @@ demo: .venv/ready
 test check trial photos: export CUDA_VISIBLE_DEVICES =
 
 test: .venv/ready
-	.venv/bin/python -m pytest -q test_biggan.py
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 test_biggan.py
 
 check: .venv/ready
 	.venv/bin/python -m pytest -q -s -o python_functions='check_*' test_biggan.py
@@ -40,7 +40,7 @@ port: .venv/ready
 	PORT="$(PORT)" .venv/bin/python -m pytest -q -s -o python_functions='beside_*' test_biggan.py
 
 photos: .venv/ready
-	WEIGHTS="$(WEIGHTS)" PORT="$(PORT)" MINUTES="$(MINUTES)" .venv/bin/python -m pytest -q -s -o python_functions='photos_*' test_biggan.py
+	WEIGHTS="$(WEIGHTS)" TRUNC="$(TRUNC)" PORT="$(PORT)" MINUTES="$(MINUTES)" .venv/bin/python -m pytest -q -s -o python_functions='photos_*' test_biggan.py
 
 gpu: .venv/ready
 	@ON=$(ON) .venv/bin/python -c 'import os, torch, sys; os.environ["ON"] or torch.cuda.is_available() or sys.exit("error: torch finds no GPU; make gpu ON=cpu tries everything on the CPU")'
