@@ -4989,10 +4989,9 @@ def print_header():
     print(f"\n{'':30} {'FD':>6} {'KID':>6} {'all':>6} {'div.':>5} {names}")
 
 
-def drawn_with(weights):
+def drawn_with(weights, truncation=None):
     """Images to be judged, the classes in turn, and their labels."""
-    truncation = os.environ.get("TRUNC")
-    G = sample.load_generator(weights, float(truncation) if truncation else None)
+    G = sample.load_generator(weights, truncation)
     labels = np.arange(DRAWN) % G.config.n_classes
     return sample.draw_seeds(G, labels, range(DRAWN), G.noise), labels
 
@@ -5003,9 +5002,11 @@ def photos_of_weights():
     print_scores("test images", *cifar10("cifar10-test"))
     images, labels = cifar10("cifar10")
     print_scores("training images", images[::5], labels[::5])
+    typed = os.environ.get("TRUNC")
+    truncation = float(typed) if typed else None
     for weights in (os.environ.get("WEIGHTS") or "cifar10").split():
-        frechet, recognised = print_scores(weights, *drawn_with(weights))
-        if weights == "cifar10" and not os.environ.get("TRUNC"):
+        frechet, recognised = print_scores(weights, *drawn_with(weights, truncation))
+        if weights == "cifar10" and truncation is None:
             assert frechet < 0.4
             assert recognised > 0.75
 
