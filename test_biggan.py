@@ -4943,11 +4943,11 @@ def trained_judge(path=HERE / "runs/judge.pt"):
     return judge.eval()
 
 
-@torch.no_grad()
 def judged(images):
     """What the classifier makes of images: features (n, 128) and classes (n,)."""
-    judge = trained_judge()
-    parts = [judge(as_input(images[i:i + 250])) for i in range(0, len(images), 250)]
+    judge = trained_judge()             # with gradients, if it has to be trained first
+    with torch.no_grad():
+        parts = [judge(as_input(images[i:i + 250])) for i in range(0, len(images), 250)]
     features = torch.cat([part[0] for part in parts])
     logits = torch.cat([part[1] for part in parts])
     return features.double().numpy(), logits.argmax(1).numpy()
